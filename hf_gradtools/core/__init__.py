@@ -1,0 +1,1 @@
+"""Ground floor of the package: what the areas share, in torch and numpy alone."""

@@ -1,0 +1,78 @@
+"""The few collectives the library needs; every function is the identity in a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
+    """Sums each tensor over the ranks, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, as FSDP2 makes of parameters."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered on every rank (a collective); other tensors as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks hold whole, cut as the sharded `like` is; no communication."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gather_object(value: object) -> list[object]:
+    """The value of every rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Averages each tensor over the ranks, in place."""
+    tensors = list(tensors)
+    all_reduce_sum(tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.div_(world_size())

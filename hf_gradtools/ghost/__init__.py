@@ -1,0 +1,44 @@
+"""Ghost engines: which training samples help or hurt a validation set, told while a model trains."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+_LAZY = {
+    "GhostDotProd": "engine",
+    "GhostDotProdCallback": "callback",
+    "GhostDotProdConfig": "config",
+    "GhostValues": "results",
+    "UncoveredGradientError": "engine",
+    "ghost_values": "results",
+    "load_ghost_dataset": "loading",
+}
+
+__all__ = [
+    "GhostDotProd",
+    "GhostDotProdCallback",
+    "GhostDotProdConfig",
+    "GhostValues",
+    "UncoveredGradientError",
+    "ghost_values",
+    "load_ghost_dataset",
+]
+
+if TYPE_CHECKING:
+    from .callback import GhostDotProdCallback
+    from .config import GhostDotProdConfig
+    from .engine import GhostDotProd, UncoveredGradientError
+    from .loading import load_ghost_dataset
+    from .results import GhostValues, ghost_values
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_LAZY)}")
+    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

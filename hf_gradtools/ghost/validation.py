@@ -1,0 +1,135 @@
+"""Gradients and Hessian-vector products of a validation loss at the current weights, leaving no trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core.distributed import all_reduce_sum, full_tensor, is_sharded, world_size
+
+
+Batch = Any
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that a transformers model returns for a batch with labels."""
+    loss: Tensor = model(**batch)["loss"]
+    return loss
+
+
+def count_targets(batch: Batch, shifts_labels: bool) -> int:
+    """Label entries that the mean loss of a batch is taken over (batches without "labels" count as one).
+
+    Args:
+        batch: with `labels` `[rows]` or `[rows, S]`, −100 where ignored.
+        shifts_labels: the model predicts the next token, so the first label of a row is never a target.
+    """
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
+        return 1
+    labels = batch["labels"]
+    if shifts_labels and labels.ndim > 1:
+        labels = labels[:, 1:]
+    return int((labels != -100).sum()) if not labels.is_floating_point() else len(labels)
+
+
+def validation_gradient(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[tuple[Batch, int]], loss_fn: LossFn
+) -> list[Tensor]:
+    """Gradient of the validation loss, the mean over all targets of all batches of all ranks.
+
+    Args:
+        model: the unwrapped model, evaluated in eval mode; its `.grad`, random state and modes are left as they were.
+        parameters: what to differentiate in.
+        batches: this rank's batches, each with its number of targets.
+        loss_fn: the mean loss of a batch.
+
+    Returns:
+        one gradient per parameter, whole on every rank, zero where the loss does not depend on it.
+    """
+    total = _total_targets(batches, parameters[0].device)
+    gradients = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    with evaluating(model), torch.enable_grad():
+        for batch, count in batches:
+            if count:
+                loss = loss_fn(model, batch) * (count / total)
+                for total_grad, grad in zip(gradients, _gradients(model, loss, parameters), strict=True):
+                    total_grad.add_(grad) if grad is not None else None
+    if not any(is_sharded(p) for p in parameters):
+        all_reduce_sum(gradients)
+    return gradients
+
+
+def hessian_vector_product(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[tuple[Batch, int]],
+    loss_fn: LossFn,
+    vector: Sequence[Tensor],
+) -> list[Tensor]:
+    """H·u of the validation loss of :func:`validation_gradient`, by differentiating ⟨gradient, u⟩.
+
+    Attention runs in its plain form, since fused kernels have no second derivative. Costs about three times the
+    gradient.
+    """
+    total = _total_targets(batches, parameters[0].device)
+    products = [torch.zeros_like(p) for p in parameters]
+    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch, count in batches:
+            if not count:
+                continue
+            loss = loss_fn(model, batch) * (count / total)
+            first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            inner = sum((g * u).sum() for g, u in zip(first, vector, strict=True) if g is not None and g.requires_grad)
+            if not isinstance(inner, Tensor):
+                continue
+            for product, part in zip(
+                products, torch.autograd.grad(inner, parameters, allow_unused=True), strict=True
+            ):
+                product.add_(part) if part is not None else None
+    all_reduce_sum(products)
+    return products
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards the modes and the random state of before."""
+    training = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) -> int:
+    total = torch.tensor(sum(count for _, count in batches), device=device)
+    all_reduce_sum([total])
+    if total == 0:
+        raise ValueError(
+            "the validation batches have no label that counts (all are -100 or missing); pass a val_dataset whose rows "
+            "have 'labels', or a data_collator that makes them"
+        )
+    return int(total)
+
+
+def _gradients(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    if not any(is_sharded(p) for p in parameters):
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    # FSDP2 reduces gradients (to their mean over ranks) only on their way into `.grad`.
+    kept = {p: p.grad for p in model.parameters() if p.requires_grad}
+    for p in kept:
+        p.grad = None
+    (loss * world_size()).backward()
+    found = [None if p.grad is None else full_tensor(p.grad) for p in parameters]
+    for p, grad in kept.items():
+        p.grad = grad
+    return found
