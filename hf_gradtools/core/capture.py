@@ -203,12 +203,9 @@ def find_layers(model: nn.Module, patterns: str | Iterable[str] | None = None) -
         ValueError: nothing is trainable, or a pattern matches no module with trainable parameters (near matches are
             named).
     """
-    owners = {
-        name: {key: p for key, p in _own_parameters(module).items() if p.requires_grad}
-        for name, module in model.named_modules()
-        if not _inside_opaque(model, name)
-    }
-    owners = {name: parameters for name, parameters in owners.items() if parameters}
+    owners = {name: trainable for name, module in model.named_modules() if (trainable := _own_parameters(module))}
+    for name in [name for name in owners if _used_by_parent(model, name)]:
+        del owners[name]
     if not owners:
         raise ValueError("the model has no trainable parameter; set requires_grad=True on what training updates")
     modules = dict(model.named_modules())
@@ -227,17 +224,31 @@ def find_layers(model: nn.Module, patterns: str | Iterable[str] | None = None) -
                 f"layers={pattern!r} matches no module with trainable parameters; near matches: {', '.join(close)}"
             )
         chosen.update((layer.name, layer) for layer in matches)
-    return [layer for layer in layers if layer.name in chosen]
+    # A parameter's gradient comes from all its uses: tied layers are scored together or not at all.
+    parameters = {p for layer in chosen.values() for p in layer.parameters.values()}
+    return [layer for layer in layers if parameters & set(layer.parameters.values())]
 
 
-# Modules that use the parameters of their children without calling them: tapped as a whole.
-_OPAQUE = (nn.MultiheadAttention,)
+# Modules that use the parameters of their children without calling them, and children that are never called.
+_WHOLE = (nn.MultiheadAttention,)
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(module.named_parameters(recurse=isinstance(module, _OPAQUE)))
+    """Trainable parameters that the module's own forward uses, by name relative to it."""
+    own = dict(module.named_parameters(recurse=isinstance(module, _WHOLE)))
+    for name, child in module.named_children():
+        if isinstance(child, _CONTAINERS):
+            own.update((f"{name}.{key}", p) for key, p in child.named_parameters())
+    return {name: p for name, p in own.items() if p.requires_grad}
 
 
-def _inside_opaque(model: nn.Module, name: str) -> bool:
-    parents = name.split(".")[:-1]
-    return any(isinstance(model.get_submodule(".".join(parents[: i + 1])), _OPAQUE) for i in range(len(parents)))
+def _used_by_parent(model: nn.Module, name: str) -> bool:
+    """Whether a module's parameters are listed with a module around it."""
+    parents = [model.get_submodule(part) for part in _prefixes(name)]
+    return isinstance(model.get_submodule(name), _CONTAINERS) or any(isinstance(p, _WHOLE) for p in parents)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))] if name else []

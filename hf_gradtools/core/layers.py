@@ -249,6 +249,7 @@ _RULES: dict[str, Callable[[], Rule]] = {
     "torch.nn.modules.conv.Conv2d.forward": lambda: Rule(known=True),
     "torch.nn.modules.conv.Conv3d.forward": lambda: Rule(known=True),
     "peft.tuners.lora.dora.DoraLinearLayer.forward": lambda: Rule(known=True),
+    "peft.tuners.lora.layer.Embedding.forward": lambda: Rule(known=True),
 }
 
 

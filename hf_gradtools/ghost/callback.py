@@ -148,6 +148,7 @@ class GhostDotProdCallback(TrainerCallback):
             on_uncovered=config.on_uncovered,
             starts_itself=False,
         )
+        engine.on_failure = self.close
         engine.is_last_microbatch = lambda: optimizer.gradient_state.sync_gradients
         engine.loss_scale = lambda: 1.0 if optimizer.scaler is None else optimizer.scaler.get_scale()
         self._validation = ValidationData(
@@ -174,7 +175,8 @@ class GhostDotProdCallback(TrainerCallback):
         scale = None
         if self.config.optimizer_aware is True:
             scale = self._update_scale()
-        self._engine.validate({name: chunks for name, (chunks, _) in self._batches.items()}, scale)
+        chunks = {name: chunks for name, (chunks, _) in self._batches.items()}
+        self._engine.validate(chunks, scale, separately=self.config.pairwise)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._scoring and self._engine is not None:

@@ -13,6 +13,7 @@ with GhostDotProd(model) as engine:
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,16 @@ from ..core.capture import LayerCapture, find_layers
 from ..core.distributed import all_reduce_sum, is_sharded, local_part, mean_over_ranks, to_local, world_size
 from ..core.layers import Layer, LayerCall, LinearRule
 from ..core.samples import SampleLayout
-from .validation import Batch, LossFn, count_targets, hessian_vector_product, model_loss, validation_gradient
+from .fused_head import fused_head_layer, install_fused_tap
+from .validation import (
+    Batch,
+    LossFn,
+    count_targets,
+    hessian_vector_product,
+    model_loss,
+    total_targets,
+    validation_gradient,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -123,7 +133,10 @@ class GhostDotProd:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
         self.model = model
-        self.layers = find_layers(model, layers)
+        found = find_layers(model, layers)
+        # TRL's trainers never call the output head; they can only be in use once trl has been imported.
+        self._fused = fused_head_layer(model, found) if "trl" in sys.modules else None
+        self.layers = found if self._fused is None else [*found, self._fused]
         _refuse_batch_statistics(self.layers)
         _announce_general_rule(self.layers)
         self.parameters = list({p: None for layer in self.layers for p in layer.parameters.values()})
@@ -134,6 +147,7 @@ class GhostDotProd:
         self.on_uncovered, self.tolerance = on_uncovered, tolerance
         self.is_last_microbatch: Callable[[], bool] = lambda: True
         self.loss_scale: Callable[[], float] = lambda: 1.0
+        self.on_failure: Callable[[], None] = self.detach
 
         self._groups = _groups(self.layers)
         self._index = {layer: i for i, layer in enumerate(self.layers)}
@@ -152,7 +166,7 @@ class GhostDotProd:
         self._check: dict[nn.Parameter, Tensor] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
         self._kept_grads: dict[nn.Parameter, Tensor] = {}
-        self._capture = LayerCapture(self.layers, self, takeover=method in ("auto", "takeover") and not per_token)
+        self._capture = LayerCapture(found, self, takeover=method in ("auto", "takeover") and not per_token)
         self._starts_itself = starts_itself
         self._handles: list[Any] = []
 
@@ -161,6 +175,8 @@ class GhostDotProd:
     def attach(self) -> None:
         """Installs the hooks. Nothing happens in forward passes outside a micro-batch."""
         self._capture.attach()
+        if self._fused is not None:
+            self._handles.append(install_fused_tap(self.model, self._fused, self))
         self._handles += [p.register_post_accumulate_grad_hook(self._grad_hook) for p in self.parameters]
         self._handles.append(self.model.register_forward_pre_hook(self._forward_begins, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._forward_ends, always_call=True))
@@ -186,6 +202,7 @@ class GhostDotProd:
         self,
         batches: Mapping[str, Sequence[Batch]] | Sequence[Batch] | Batch,
         scale: Callable[[nn.Parameter], Tensor | float] | None = None,
+        separately: bool = False,
     ) -> None:
         """Sets the validation gradients that the samples of the coming step are scored against.
 
@@ -193,19 +210,24 @@ class GhostDotProd:
             batches: the validation batches (of this rank; together the ranks' batches are the validation set), or
                 several named sets of them. Each set is one target. A single batch is taken as a list of one.
             scale: factor on a parameter's validation gradient, see :mod:`.optimizers`.
+            separately: every batch is a target of its own, its share in the gradient of its set.
 
         Raises:
             ValueError: no batch, or none of their labels counts.
         """
         sets = _as_sets(batches)
+        counted = [self._counted(chunks) for chunks in sets.values()]
+        totals = [total_targets(chunks, self.parameters[0].device) for chunks in counted]
+        if separately:
+            totals = [total for chunks, total in zip(counted, totals, strict=True) for _ in chunks]
+            counted = [[chunk] for chunks in counted for chunk in chunks]
         gradients = []
         record = self._gram_layers(scale)
-        self._gram = {layer: [[] for _ in sets] for layer in record}
-        for k, chunks in enumerate(sets.values()):
-            counted = self._counted(chunks)
+        self._gram = {layer: [[] for _ in counted] for layer in record}
+        for k, (chunks, total) in enumerate(zip(counted, totals, strict=True)):
             self._gram_target = k if record else None
             try:
-                gradients.append(validation_gradient(self.model, self.parameters, counted, self.loss_fn))
+                gradients.append(validation_gradient(self.model, self.parameters, chunks, self.loss_fn, total))
             finally:
                 self._gram_target, self._layout = None, None
         if scale is not None:
@@ -376,9 +398,12 @@ class GhostDotProd:
             for term in self._terms(layer, call):
                 self._add(layer, term)
             microbatch = self._microbatches[-1]
-            if self.grad_norms and not self._is_shared(layer):
+            if self.grad_norms and not self._is_shared(layer, microbatch):
                 microbatch.add_sq_norms(layer.rule.sq_norms(layer, call, microbatch.layout))
             self._keep(layer, call)
+        except BaseException:
+            self.on_failure()  # the exception leaves through the user's backward(), where nobody cleans up
+            raise
         finally:
             self._layout = layout
 
@@ -401,7 +426,7 @@ class GhostDotProd:
         samples = activations.shape[0]
         a = activations.reshape(samples, -1, activations.shape[-1])
         g = output_grads.reshape(samples, -1, output_grads.shape[-1])
-        norms_here = self.grad_norms and not self._is_shared(layer)
+        norms_here = self.grad_norms and not self._is_shared(layer, self._microbatches[-1])
         weight_grad, dots, sq_norms = linear.takeover(a, g, rule.oriented(targets["weight"]), norms_here)
         for term in [dots, *rule.bias_dots(output_grads, targets)]:
             self._add(layer, term)
@@ -440,27 +465,26 @@ class GhostDotProd:
                 f"layer {layer.name!r}: {error}. Leave it out by layers=[...] or freeze its parameters."
             ) from None
 
-    def _is_shared(self, layer: Layer) -> bool:
+    def _is_shared(self, layer: Layer, microbatch: _MicroBatch) -> bool:
         """Whether the layer's parameters have other uses in this forward, whose gradients add up before squaring."""
-        return layer not in self._alone or self._microbatches[-1].calls[layer] > 1
+        return layer not in self._alone or microbatch.calls[layer] > 1
 
     def _keep(self, layer: Layer, call: LayerCall) -> None:
-        if self.retain or (self.grad_norms and self._is_shared(layer)):
+        if self.retain or (self.grad_norms and self._is_shared(layer, self._microbatches[-1])):
             self._microbatches[-1].kept.append((layer, call))
 
     def _norms_of_shared(self, microbatch: _MicroBatch) -> None:
         """Norms of parameters with several uses in a forward: the gradients of the uses add up before squaring."""
-        uses: dict[nn.Parameter, list[tuple[str, Any]]] = {}
+        uses: dict[nn.Parameter, list[tuple[str, Layer, LayerCall]]] = {}
         for layer, call in microbatch.kept:
-            if layer in self._alone and microbatch.calls[layer] <= 1:
-                continue
-            grads = layer.rule.sample_grads(layer, call, microbatch.layout)
-            for name, parameter in layer.parameters.items():
-                uses.setdefault(parameter, []).append((name, grads if len(layer.parameters) == 1 else list(grads)))
-        for parameter, found in uses.items():
+            if self._is_shared(layer, microbatch):
+                for name, parameter in layer.parameters.items():
+                    uses.setdefault(parameter, []).append((name, layer, call))
+        for found in uses.values():
+            samples = [layer.rule.sample_grads(layer, call, microbatch.layout) for _, layer, call in found]
             norms = []
-            for sample in zip(*[grads for _, grads in found], strict=True):
-                total = sum(grads[name].to(linear.accumulation_dtype(parameter.dtype)) for (name, _), grads in zip(found, sample, strict=True))
+            for grads in zip(*samples, strict=True):
+                total = sum(grad[name].double() for grad, (name, _, _) in zip(grads, found, strict=True))
                 norms.append(linear.flat_dot(total, total))
             microbatch.add_sq_norms(torch.stack(norms))
 

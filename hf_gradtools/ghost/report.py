@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from hf_gradtools.ghost.results import (
 __all__ = ["write_report"]
 
 EXCERPT_CHARACTERS, TEXT_CHARACTERS = 240, 10_000
-MAX_KINDS, MAX_STRONGEST, MAX_LISTED = 16, 10, 8
+MAX_KINDS, MAX_STRONGEST, MAX_LISTED = 16, 10, 4
 COVERAGE_TOLERANCE = 1e-3
 ROWS_PER_READ = 10_000
 STEP_COLUMNS = {"epoch": "max", "train_loss": "mean", "learning_rate": "mean", "residual": "max"}
@@ -95,7 +95,7 @@ def write_report(
             title=title,
             model=identity.get("model"),
             made_by=_made_by(identity, list(suffixes)),
-            created=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+            created=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
             figures=_key_figures(sets[0]["num_samples"], dataset, steps),
             coverage=_coverage(steps),
             sets=sets,

@@ -100,8 +100,8 @@ class GhostValues:
 
     def _ranking(self) -> np.ndarray:
         """Row numbers by rising value; samples without a finite value are left out."""
-        order: np.ndarray = np.argsort(self.value, kind="stable")
-        return order[np.isfinite(self.value[order])]
+        order = np.argsort(self.value, kind="stable")
+        return np.compress(np.isfinite(self.value[order]), order)
 
     def _records(self, rows: np.ndarray, k: int) -> list[dict[str, Any]]:
         if k < 1:

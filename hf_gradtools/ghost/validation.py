@@ -39,7 +39,11 @@ def count_targets(batch: Batch, shifts_labels: bool) -> int:
 
 
 def validation_gradient(
-    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[tuple[Batch, int]], loss_fn: LossFn
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[tuple[Batch, int]],
+    loss_fn: LossFn,
+    total: int | None = None,
 ) -> list[Tensor]:
     """Gradient of the validation loss, the mean over all targets of all batches of all ranks.
 
@@ -48,11 +52,12 @@ def validation_gradient(
         parameters: what to differentiate in.
         batches: this rank's batches, each with its number of targets.
         loss_fn: the mean loss of a batch.
+        total: targets that the mean is over, where `batches` are only part of them.
 
     Returns:
         one gradient per parameter, whole on every rank, zero where the loss does not depend on it.
     """
-    total = _total_targets(batches, parameters[0].device)
+    total = total or total_targets(batches, parameters[0].device)
     gradients = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
     with evaluating(model), torch.enable_grad():
         for batch, count in batches:
@@ -77,7 +82,7 @@ def hessian_vector_product(
     Attention runs in its plain form, since fused kernels have no second derivative. Costs about three times the
     gradient.
     """
-    total = _total_targets(batches, parameters[0].device)
+    total = total_targets(batches, parameters[0].device)
     products = [torch.zeros_like(p) for p in parameters]
     with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch, count in batches:
@@ -110,7 +115,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) -> int:
+def total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) -> int:
+    """Targets of all batches of all ranks.
+
+    Raises:
+        ValueError: there are none.
+    """
     total = torch.tensor(sum(count for _, count in batches), device=device)
     all_reduce_sum([total])
     if total == 0:

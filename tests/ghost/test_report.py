@@ -181,7 +181,7 @@ def test_columns_without_a_finite_number_leave_a_readable_page(tmp_path, column,
 def test_one_step_of_one_sample_without_optional_columns_is_enough(tmp_path):
     rows = {"step": [7], "sample_id": ["a"], "dot_product": [1.0], "value": [-0.5]}
     page = Page(report(tmp_path, rows, manifest={}))
-    assert "1 samples help" in page.text
+    assert "1 sample helps" in page.text
     assert "Coverage check unknown" in page.text
 
 
