@@ -37,6 +37,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from hf_gradtools import GhostDotProdCallback
 from hf_gradtools.ghost.engine import GhostDotProd
@@ -287,7 +288,9 @@ def measure_trainer(shape: Shape, rounds: int) -> dict[str, Times]:
                     save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
                 )  # fmt: skip
                 rows = random_rows(batch * (TRAINER_STEPS + 1), shape.tokens, seed=0)
-                Trainer(model=copy.deepcopy(model), args=args, train_dataset=rows, callbacks=callbacks).train()
+                trainer = Trainer(model=copy.deepcopy(model), args=args, train_dataset=rows, callbacks=callbacks)
+                trainer.remove_callback(PrinterCallback)
+                trainer.train()
     return times
 
 
@@ -299,7 +302,7 @@ def random_rows(count: int, tokens: int, seed: int) -> Dataset:
 # ---- tables
 
 STEP_HEADERS = ["step", "CPU s", "wall s", "CPU ratio", "wall ratio", "peak MiB", "peak ratio", "over plain, in G", "error"]
-TRAINER_HEADERS = ["Trainer", "rows", "CPU ratio", "wall ratio", "CPU ratio to B rows alone"]
+TRAINER_HEADERS = ["Trainer with the callback", "CPU ratio", "wall ratio", "CPU ratio to B rows alone"]
 
 
 def step_table(result: Result) -> str:
@@ -323,7 +326,7 @@ def step_table(result: Result) -> str:
 def trainer_row(shape: Shape, times: dict[str, Times]) -> list[str]:
     ratios = [times["auto"].ratio(times[BASELINE], clock) for clock in ("cpu", "wall")]
     ratios.append(times["auto"].ratio(times["plain"], "cpu"))
-    return ["with / without callback", heading(shape), *[f"{ratio:.2f}" for ratio in ratios]]
+    return [heading(shape), *[f"{ratio:.2f}" for ratio in ratios]]
 
 
 def heading(shape: Shape) -> str:

@@ -132,20 +132,26 @@ def tap(observer: Observer, layer: Layer, args: tuple[Any, ...], kwargs: dict[st
     if not any(outputs[i].requires_grad for i in tapped):
         return output
     saved = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-    rng_state = None
-    if layer.rule.replays_forward and layer.module.training and saved:
-        on_cuda = inputs[saved[0]].is_cuda
-        rng_state = torch.cuda.get_rng_state() if on_cuda else torch.random.get_rng_state()
+    rng_state, parameters = None, {}
+    if layer.rule.replays_forward:
+        # As they are now: under FSDP2 the module holds the whole parameters during its own forward only.
+        parameters = dict(layer.module.named_parameters())
+        if layer.module.training and saved:
+            on_cuda = inputs[saved[0]].is_cuda
+            rng_state = torch.cuda.get_rng_state() if on_cuda else torch.random.get_rng_state()
     constants = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def deliver(grads: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...]) -> None:
         values = list(constants)
-        for i, tensor in zip(saved, tensors, strict=True):
-            values[i] = tensor.detach()
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        for i, tensor in zip(saved, tensors[: len(saved)], strict=True):
+            values[i] = tensor
         call_args, call_kwargs = tree_unflatten(values, input_spec)
-        observer.observe(layer, LayerCall(call_args, call_kwargs, grads, rng_state))
+        held = dict(zip(parameters, tensors[len(saved) :], strict=True))
+        observer.observe(layer, LayerCall(call_args, call_kwargs, grads, held, rng_state))
 
-    results = _Tap.apply(deliver, len(tapped), *[outputs[i] for i in tapped], *[inputs[i] for i in saved])
+    kept = [inputs[i] for i in saved] + [p.detach() for p in parameters.values()]
+    results = _Tap.apply(deliver, len(tapped), *[outputs[i] for i in tapped], *kept)
     for i, result in zip(tapped, results, strict=True):
         outputs[i] = result
     return tree_unflatten(outputs, output_spec)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,12 +51,14 @@ class LayerCall:
     Attributes:
         args, kwargs: what the module was called with, detached.
         output_grads: gradients of its output tensors (None where an output was not used).
-        rng_state: random state before the call, for layers that are called again.
+        parameters: all parameters of the module as the call used them, for layers that are called again.
+        rng_state: random state before the call, likewise.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output_grads: tuple[Tensor | None, ...]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     rng_state: Tensor | None = None
 
     @property
@@ -206,8 +208,8 @@ class ElementwiseRule(Rule):
         """`∂y/∂w · output_grad` per parameter, each shaped like the output."""
         grad = call.output_grad.to(_wide(call.output_grad))
         found = {}
-        for name, parameter in layer.parameters.items():
-            (tangent,) = directional_derivative(layer, call, {name: torch.ones_like(parameter)})
+        for name in layer.parameters:
+            (tangent,) = directional_derivative(layer, call, {name: torch.ones_like(call.parameters[name])})
             found[name] = tangent.to(grad.dtype) * grad
         return found
 
@@ -281,12 +283,11 @@ def rule_for(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Rule:
 def directional_derivative(layer: Layer, call: LayerCall, direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """J·G of each output tensor: the layer's forward is replayed and differentiated along `direction` in its
     parameters, by forward-mode AD, or twice in reverse mode where an operator has no forward mode."""
-    constants = {name: parameter.detach() for name, parameter in layer.module.named_parameters()}
-    primals = {name: constants[name] for name in direction}
+    primals = {name: call.parameters[name] for name in direction}
     tangents = {name: target.to(primals[name].dtype) for name, target in direction.items()}
 
     def forward(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        output = functional_call(layer.module, {**constants, **values}, call.args, call.kwargs)
+        output = functional_call(layer.module, {**call.parameters, **values}, call.args, call.kwargs)
         return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
     with _replaying(call):
@@ -306,10 +307,9 @@ def directional_derivative(layer: Layer, call: LayerCall, direction: dict[str, T
 
 def _replay(layer: Layer, call: LayerCall) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Calls the module again on leaves in place of its scored parameters; returns its outputs and those leaves."""
-    leaves = {name: parameter.detach().requires_grad_() for name, parameter in layer.module.named_parameters()}
-    leaves = {name: leaf for name, leaf in leaves.items() if name in layer.parameters}
+    leaves = {name: call.parameters[name].detach().requires_grad_() for name in layer.parameters}
     with _replaying(call), torch.enable_grad():
-        output = functional_call(layer.module, leaves, call.args, call.kwargs)
+        output = functional_call(layer.module, {**call.parameters, **leaves}, call.args, call.kwargs)
     return tuple(o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), leaves
 
 

@@ -17,6 +17,7 @@ from ..core.samples import SampleLayout
 from ..core.store import RowStore
 from .config import GhostDotProdConfig
 from .engine import GhostDotProd, StepScores, infer_layout
+from .identity import run_identity
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
 from .quantized import keep_quantized_gradients
 from .loading import load_ghost_dataset
@@ -353,20 +354,10 @@ class GhostDotProdCallback(TrainerCallback):
     ) -> RowStore:
         config = self.config
         assert self._engine is not None
-        base = _base_model(model)
-        identity = {
-            "kind": "ghost_dot_products",
-            "model": getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__,
-            "model_class": type(base).__name__,
-            "parameters": {layer.name: _shapes(layer.parameters) for layer in self._engine.layers},
-            "layers": [layer.name for layer in self._engine.layers],
-            "validation_sets": {name: int(n) for name, n in self._validation.sizes().items()},
-            "world_size": distributed.world_size(),
-            **{key: value for key, value in config.identity().items() if key != "layers"},
-            "layer_patterns": config.layers,
-        }
+        identity = run_identity(_base_model(model), self._engine.layers, self._validation.sizes(), config)
         extra = {
             "library_version": __version__,
+            "train_rows": _length(dataloader),
             "train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "optimizer": type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__,
@@ -409,8 +400,9 @@ def _shifts_labels(base: nn.Module) -> bool:
     return base.loss_function is ForCausalLMLoss
 
 
-def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in parameters.items()}
+def _length(dataloader: Any) -> int | None:
+    dataset = getattr(dataloader, "base_dataloader", dataloader).dataset
+    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 _warned: set[str] = set()

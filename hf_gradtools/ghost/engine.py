@@ -231,9 +231,8 @@ class GhostDotProd:
             finally:
                 self._gram_target, self._layout = None, None
         if scale is not None:
-            for p in self.parameters:
+            for p, *gradients_of_p in zip(self.parameters, *gradients, strict=True):
                 factor = scale(p)
-                gradients_of_p = [gradient[self.parameters.index(p)] for gradient in gradients]
                 for gradient in gradients_of_p:
                     gradient.mul_(factor)
         self.set_targets([dict(zip(self.parameters, gradient, strict=True)) for gradient in gradients])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,11 +59,12 @@ def validation_gradient(
     """
     total = total or total_targets(batches, parameters[0].device)
     gradients = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    trainable = {p: None for p in (*parameters, *model.parameters()) if p.requires_grad}
     with evaluating(model), torch.enable_grad():
         for batch, count in batches:
             if count:
                 loss = loss_fn(model, batch) * (count / total)
-                for total_grad, grad in zip(gradients, _gradients(model, loss, parameters), strict=True):
+                for total_grad, grad in zip(gradients, _gradients(loss, parameters, trainable), strict=True):
                     total_grad.add_(grad) if grad is not None else None
     if not any(is_sharded(p) for p in parameters):
         all_reduce_sum(gradients)
@@ -131,11 +132,14 @@ def total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) ->
     return int(total)
 
 
-def _gradients(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+def _gradients(
+    loss: Tensor, parameters: Sequence[nn.Parameter], trainable: Iterable[nn.Parameter]
+) -> Sequence[Tensor | None]:
     if not any(is_sharded(p) for p in parameters):
         return torch.autograd.grad(loss, parameters, allow_unused=True)
-    # FSDP2 reduces gradients (to their mean over ranks) only on their way into `.grad`.
-    kept = {p: p.grad for p in model.parameters() if p.requires_grad}
+    # FSDP2 reduces gradients (to their mean over ranks) only on their way into `.grad`. The list of parameters comes
+    # from before the forward, which leaves whole ones in place of the root's sharded ones.
+    kept = {p: p.grad for p in trainable}
     for p in kept:
         p.grad = None
     (loss * world_size()).backward()

@@ -118,7 +118,8 @@ def validation_gradient(model, batch):
 def reference_step(model, step, val_batch, dtype=torch.float64, dropout=False):
     """Dot products and norms of one recorded step, one backward pass per sample: `[M]`, `[M]`."""
     model = copy.deepcopy(model)
-    model.__dict__.pop("forward", None)  # patched by accelerate (autocast) or TRL (fused head)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # patched by accelerate (autocast) or TRL (fused head)
     model.load_state_dict(step["weights"])
     model = model.to(dtype)
     target = validation_gradient(model, val_batch)
