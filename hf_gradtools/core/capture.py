@@ -114,8 +114,7 @@ class _Tap(torch.autograd.Function):
         ctx.deliver = deliver
         ctx.num_saved = len(tensors) - num_outputs
         ctx.save_for_backward(*tensors[num_outputs:])
-        # Not `view_as`: autograd forbids in-place operations (`ReLU(inplace=True)`) on views made in here.
-        return tuple(torch.ops.aten._unsafe_view(out, out.shape) for out in tensors[:num_outputs])
+        return tuple(_no_view(out) for out in tensors[:num_outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -169,7 +168,7 @@ class _TakeoverProduct(torch.autograd.Function):
         rule = layer.rule
         assert isinstance(rule, LinearRule)
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, rule.oriented(weight).to(x.dtype), bias)
+        return _no_view(F.linear(x, rule.oriented(weight).to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,6 +179,13 @@ class _TakeoverProduct(torch.autograd.Function):
             weight_grad = rule.oriented(ctx.observer.take_over(layer, x.detach(), grad)).to(weight.dtype)
         bias_grad = grad.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[4] else None
         return None, None, x_grad, weight_grad, bias_grad
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same values as a tensor that autograd does not take for a view: in-place operations (`ReLU(inplace=True)`)
+    on views made inside a custom function are forbidden."""
+    alias: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return alias
 
 
 def _one_row_per_sample(output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor:

@@ -109,7 +109,11 @@ def train(
 
         run = prepare_run(config)
         typer.echo(run.summary())
-        stored = run.train()
+        try:
+            stored = run.train()
+        except KeyboardInterrupt:
+            typer.secho("\nInterrupted. The same command with --resume continues it.", fg="red", err=True)
+            raise
         if run.trainer.is_world_process_zero():
             report_path = stored.write_report()
             _print_ranking(stored)

@@ -42,7 +42,7 @@ def load_rows(source: str, split: str | None = None) -> Dataset:
     try:
         rows = _read(path, source, split)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"dataset {source!r} cannot be read: {reason}. Pass {SOURCES}, and a split it has."
         ) from error

@@ -160,6 +160,7 @@ class GhostDotProd:
         self._layout: SampleLayout | None = None
         self._in_forward = False
         self._suspended = False
+        self._replaying = False
         self._microbatches: list[_MicroBatch] = []
         self._half = False  # half-precision gradients have been seen
         self._finished = False  # scores() has been called; the step's tensors stay until released
@@ -351,6 +352,8 @@ class GhostDotProd:
     # ---- hooks of the model
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._replaying:  # the model is itself a layer
+            return
         trains = module.training and torch.is_grad_enabled()
         if self._gram_target is not None:
             self._layout = infer_layout(args, kwargs)
@@ -361,7 +364,8 @@ class GhostDotProd:
         self._in_forward = trains
 
     def _forward_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._in_forward = self._suspended = False
+        if not self._replaying:
+            self._in_forward = self._suspended = False
 
     def _grad_hook(self, parameter: nn.Parameter) -> None:
         if self._microbatches and self.is_last_microbatch():
@@ -379,7 +383,7 @@ class GhostDotProd:
     # ---- Observer of the layers
 
     def rows(self) -> int | None:
-        return None if self._layout is None or self._suspended else self._layout.rows
+        return None if self._layout is None or self._suspended or self._replaying else self._layout.rows
 
     def seen(self, layer: Layer) -> None:
         if self._in_forward and self._microbatches:
@@ -392,7 +396,7 @@ class GhostDotProd:
                 self._gram[layer][self._gram_target].append(tokens)
             return
         self._half |= any(g is not None and g.element_size() < 4 for g in call.output_grads)
-        layout, self._layout = self._layout, None  # replays of the forward inside are not calls of the model
+        self._replaying = True  # calls of layers from in here are not the model's
         try:
             for term in self._terms(layer, call):
                 self._add(layer, term)
@@ -404,7 +408,7 @@ class GhostDotProd:
             self.on_failure()  # the exception leaves through the user's backward(), where nobody cleans up
             raise
         finally:
-            self._layout = layout
+            self._replaying = False
 
     def wants_takeover(self, layer: Layer, activations: Tensor) -> bool:
         if "weight" not in layer.parameters or self._layout is None or self._layout.segments is not None:

@@ -18,12 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -35,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_gradtools.core.store import write_json_atomically
 from hf_gradtools.ghost.callback import GhostDotProdCallback
+from hf_gradtools.ghost.causal_lm import add_lora, load_model, load_tokenizer, make_collator
 from hf_gradtools.ghost.config import GhostDotProdConfig
 from hf_gradtools.ghost.data import SAMPLE_ID, hold_out, load_rows, number_rows, write_texts
 from hf_gradtools.ghost.stored_run import ROWS, TEXTS, StoredRun
@@ -42,7 +38,7 @@ from hf_gradtools.ghost.tokenizing import RowFormat, tokenize_rows
 from hf_gradtools.ghost.train_config import GhostTrainConfig
 
 
-__all__ = ["GhostRun", "add_lora", "load_model", "load_tokenizer", "make_collator", "prepare_run"]
+__all__ = ["GhostRun", "prepare_run"]
 
 OPTIONS = "run.json"  # in the folder of a run
 LEARNING_RATES = {True: 2e-4, False: 2e-5}  # of adapters, of all weights
@@ -133,48 +129,6 @@ class _WriteFiles(TrainerCallback):
             write_texts(self.samples, folder / TEXTS)
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; one that cannot pad yet does so with the end-of-text token.
-
-    Raises:
-        ValueError: it cannot be loaded, or has neither of these tokens.
-    """
-    tokenizer = _load(AutoTokenizer, model)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of model={model!r} has neither a pad nor an eos token; set one in it.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(model: str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal LM with weights of type `dtype` ("auto": as they are stored); ValueError if it cannot be loaded."""
-    return _load(AutoModelForCausalLM, model, dtype=dtype)
-
-
-def _load(auto_class: Any, model: str, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model={model!r} cannot be loaded: {reason} Pass Hub id or folder of a causal LM and its tokenizer."
-        ) from error
-
-
-def add_lora(model: PreTrainedModel, rank: int = 16) -> PeftModel:
-    """Freezes the model and adds trainable LoRA adapters to all its linear layers but the head."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Pads `input_ids` by the tokenizer and `labels` with −100 to the longest row of a batch."""
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-
-
 def _scoring(config: GhostTrainConfig) -> GhostDotProdConfig:
     """The options that the callback knows under the same name, and those that it needs from here."""
     shared = {name: value for name, value in vars(config).items() if name in GhostDotProdConfig.option_names()}
@@ -194,7 +148,9 @@ def _check_output_dir(config: GhostTrainConfig) -> None:
     if not options.exists():
         raise ValueError(f"output_dir={config.output_dir!r} holds no run to continue. Start one without resume=True.")
     before, now = json.loads(options.read_bytes()), json.loads(json.dumps(config.identity()))
-    if changed := [f"{name}={value!r}, not {now[name]!r}" for name, value in before.items() if now.get(name) != value]:
+    if changed := [
+        f"{name}={value!r}, not {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
+    ]:
         raise ValueError(
             f"output_dir={config.output_dir!r} was begun with {'; '.join(changed)}. Resume with the same options."
         )

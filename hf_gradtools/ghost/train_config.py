@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+DTYPES = (None, "auto", "float32", "bfloat16", "float16")
+
+
 @dataclass
 class GhostTrainConfig:
     """A causal LM, what it is trained on, and how its training samples are scored.
@@ -90,6 +93,8 @@ class GhostTrainConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown. Pass one of {', '.join(filter(None, DTYPES))}.")
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(f"epochs={self.epochs:g} trains nothing. Pass a positive number, or max_steps=.")
 
