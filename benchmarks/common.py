@@ -78,7 +78,10 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     matrix library, which is not torch's, is not in it. :func:`check_peak_bytes` holds it against a known answer.
     """
     gc.collect()
-    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record:
+    with (
+        _quiet_profiler(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record,
+    ):
         work()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

@@ -16,7 +16,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,7 +249,9 @@ def compare(name: str, found: list[Tensor], expected: Tensor) -> float:
     """
     error = max(float((dots.double() - expected.double()).abs().max() / expected.abs().max()) for dots in found)
     if error > TOLERANCE:
-        raise RuntimeError(f"variant {name!r} is off by {error:.1e} of the largest value; at most {TOLERANCE} is right")
+        raise RuntimeError(
+            f"variant {name!r} is off by {error:.1e} of the largest value; at most {TOLERANCE} is right"
+        )
     return error
 
 
@@ -301,7 +302,17 @@ def random_rows(count: int, tokens: int, seed: int) -> Dataset:
 
 # ---- tables
 
-STEP_HEADERS = ["step", "CPU s", "wall s", "CPU ratio", "wall ratio", "peak MiB", "peak ratio", "over plain, in G", "error"]
+STEP_HEADERS = [
+    "step",
+    "CPU s",
+    "wall s",
+    "CPU ratio",
+    "wall ratio",
+    "peak MiB",
+    "peak ratio",
+    "over plain, in G",
+    "error",
+]
 TRAINER_HEADERS = ["Trainer with the callback", "CPU ratio", "wall ratio", "CPU ratio to B rows alone"]
 
 

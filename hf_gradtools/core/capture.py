@@ -56,6 +56,7 @@ class LayerCapture:
         self.observer = observer
         self.takeover = takeover
         self._remove: list[Callable[[], Any]] = []
+        self._taken_over: set[Layer] = set()  # between a layer's forward and its hook
 
     def attach(self) -> None:
         for layer in self.layers:
@@ -69,16 +70,17 @@ class LayerCapture:
             self._remove.pop()()
 
     def _patch_forward(self, layer: Layer) -> None:
-        module = layer.module
-        original = module.forward
+        module, taken_over = layer.module, self._taken_over
+        original: Callable[..., Tensor] = module.forward
 
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
             observed = self.observer.rows() is not None and torch.is_grad_enabled()
             if not observed or not self.observer.wants_takeover(layer, x):
+                taken_over.discard(layer)  # of a forward that failed half-way
                 return original(*args, **kwargs)
+            taken_over.add(layer)
             output: Tensor = _TakeoverProduct.apply(self.observer, layer, x, module.weight, module.bias)
-            output._taken_over = True
             return output
 
         module.forward = forward
@@ -95,8 +97,8 @@ class LayerCapture:
             if not torch.is_grad_enabled():  # first pass of reentrant checkpointing: the recomputation is tapped
                 return output
             if isinstance(output, Tensor):
-                if "_taken_over" in output.__dict__:
-                    del output._taken_over
+                if layer in self._taken_over:
+                    self._taken_over.discard(layer)
                     return output
                 if isinstance(layer.rule, EmbeddingRule):
                     output = _one_row_per_sample(output, args, kwargs, rows)
@@ -106,7 +108,7 @@ class LayerCapture:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on the first `num_outputs` tensors; backward shows their gradients, and the saved rest, to `deliver`."""
+    """Identity on the first `num_outputs` tensors; backward shows their gradients and the saved rest to `deliver`."""
 
     @staticmethod
     def forward(ctx: Any, deliver: Callable[..., None], num_outputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -131,10 +133,12 @@ def tap(observer: Observer, layer: Layer, args: tuple[Any, ...], kwargs: dict[st
     if not any(outputs[i].requires_grad for i in tapped):
         return output
     saved = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-    rng_state, parameters = None, {}
+    rng_state, parameters, autocast = None, {}, None
     if layer.rule.replays_forward:
         # As they are now: under FSDP2 the module holds the whole parameters during its own forward only.
         parameters = dict(layer.module.named_parameters())
+        device = outputs[tapped[0]].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if layer.module.training and saved:
             on_cuda = inputs[saved[0]].is_cuda
             rng_state = torch.cuda.get_rng_state() if on_cuda else torch.random.get_rng_state()
@@ -147,7 +151,7 @@ def tap(observer: Observer, layer: Layer, args: tuple[Any, ...], kwargs: dict[st
             values[i] = tensor
         call_args, call_kwargs = tree_unflatten(values, input_spec)
         held = dict(zip(parameters, tensors[len(saved) :], strict=True))
-        observer.observe(layer, LayerCall(call_args, call_kwargs, grads, held, rng_state))
+        observer.observe(layer, LayerCall(call_args, call_kwargs, grads, held, rng_state, autocast))
 
     kept = [inputs[i] for i in saved] + [p.detach() for p in parameters.values()]
     results = _Tap.apply(deliver, len(tapped), *[outputs[i] for i in tapped], *kept)
@@ -225,7 +229,8 @@ def find_layers(model: nn.Module, patterns: str | Iterable[str] | None = None) -
     if patterns is None:
         return layers
     if patterns == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
         return [x for x in layers if isinstance(x.rule, LinearRule) and x.module is not head]
     chosen: dict[str, Layer] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

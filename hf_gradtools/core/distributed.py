@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def rank() -> int:
@@ -33,7 +39,7 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether the tensor is a DTensor, as FSDP2 makes of parameters."""
     if not dist.is_available():
         return False
@@ -44,7 +50,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered on every rank (a collective); other tensors as they are."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
 
 
 def local_part(tensor: Tensor, like: Tensor) -> Tensor:
@@ -53,20 +62,16 @@ def local_part(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    part: Tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return part
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def gather_object(value: object) -> list[object]:
-    """The value of every rank, on every rank."""
-    if world_size() == 1:
-        return [value]
-    values: list[object] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """This rank's part of a sharded tensor; other tensors as they are."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()
+    return part
 
 
 def mean_over_ranks(tensors: Iterable[Tensor]) -> None:

@@ -53,6 +53,7 @@ class LayerCall:
         output_grads: gradients of its output tensors (None where an output was not used).
         parameters: all parameters of the module as the call used them, for layers that are called again.
         rng_state: random state before the call, likewise.
+        autocast: the reduced precision that the call ran under, likewise.
     """
 
     args: tuple[Any, ...]
@@ -60,6 +61,7 @@ class LayerCall:
     output_grads: tuple[Tensor | None, ...]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     rng_state: Tensor | None = None
+    autocast: torch.dtype | None = None
 
     @property
     def activations(self) -> Tensor:
@@ -119,9 +121,10 @@ class Rule:
 
     def sq_norms(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Tensor:
         """‖g_n‖² of every sample over the layer's scored parameters: `[num_samples]`."""
-        return torch.stack(
-            [sum(linear.flat_dot(g, g) for g in grads.values()) for grads in self.sample_grads(layer, call, layout)]
-        )
+        norms = []
+        for grads in self.sample_grads(layer, call, layout):
+            norms.append(torch.stack([linear.flat_dot(g, g) for g in grads.values()]).sum())
+        return torch.stack(norms)
 
 
 class LinearRule(Rule):
@@ -194,7 +197,7 @@ class EmbeddingRule(Rule):
         for sample_ids, g in _sample_tokens(ids[..., None], grad, layout):
             if padding is not None:
                 g = g * (sample_ids != padding)
-            unique, slots = sample_ids[:, 0].unique(return_inverse=True)
+            unique, slots = torch.unique(sample_ids[:, 0], return_inverse=True)
             rows = g.new_zeros(len(unique), g.shape[-1]).index_add_(0, slots, g)
             norms.append(linear.flat_dot(rows, rows))
         return torch.stack(norms)
@@ -235,6 +238,7 @@ class LayerNormRule(ElementwiseRule):
         found = {}
         if "weight" in layer.parameters:
             module = layer.module
+            assert isinstance(module, nn.LayerNorm)
             normalized = F.layer_norm(call.activations.to(grad.dtype), module.normalized_shape, eps=module.eps)
             found["weight"] = normalized * grad
         if "bias" in layer.parameters:
@@ -271,9 +275,13 @@ def rule_for(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Rule:
     key = f"{forward.__module__}.{forward.__qualname__}"
     if "forward" not in module.__dict__ and key in _RULES:
         rule = _RULES[key]()
-        one_axis = not isinstance(rule, LayerNormRule) or len(module.normalized_shape) == 1
-        dense = not isinstance(rule, EmbeddingRule) or (module.max_norm is None and not module.scale_grad_by_freq)
-        if one_axis and dense:
+        if isinstance(module, nn.LayerNorm):
+            covered = len(module.normalized_shape) == 1
+        elif isinstance(module, nn.Embedding):
+            covered = module.max_norm is None and not module.scale_grad_by_freq
+        else:
+            covered = True
+        if covered:
             return rule
     if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and all(p.ndim == 1 for p in parameters.values()):
         return ElementwiseRule(known=True)
@@ -292,7 +300,8 @@ def directional_derivative(layer: Layer, call: LayerCall, direction: dict[str, T
 
     with _replaying(call):
         try:
-            return torch.func.jvp(forward, (primals,), (tangents,))[1]
+            derivative: tuple[Tensor, ...] = torch.func.jvp(forward, (primals,), (tangents,))[1]
+            return derivative
         except NotImplementedError:
             pass
     with _replaying(call), torch.enable_grad():
@@ -300,8 +309,8 @@ def directional_derivative(layer: Layer, call: LayerCall, direction: dict[str, T
         outputs = forward(leaves)
         dummies = [torch.zeros_like(out, requires_grad=True) for out in outputs]
         pulled = torch.autograd.grad(outputs, list(leaves.values()), dummies, create_graph=True, allow_unused=True)
-        inner = sum((p * tangents[n]).sum() for n, p in zip(leaves, pulled, strict=True) if p is not None)
-        pushed = torch.autograd.grad(inner, dummies, allow_unused=True)
+        products = [(p * tangents[n]).sum() for n, p in zip(leaves, pulled, strict=True) if p is not None]
+        pushed = torch.autograd.grad(products, dummies, allow_unused=True)
     return tuple(torch.zeros_like(d) if p is None else p for d, p in zip(dummies, pushed, strict=True))
 
 
@@ -315,10 +324,11 @@ def _replay(layer: Layer, call: LayerCall) -> tuple[tuple[Tensor, ...], dict[str
 
 @contextmanager
 def _replaying(call: LayerCall) -> Iterator[None]:
-    """Replays a call with the random state it first ran with, leaving the global one as it was."""
+    """Replays a call with the random state and precision it first ran with, leaving the global ones as they were."""
     device = call.activations.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=call.rng_state is not None):
+    precision = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None)
+    with precision, torch.random.fork_rng(devices, enabled=call.rng_state is not None):
         if call.rng_state is not None:
             (torch.cuda.set_rng_state if devices else torch.random.set_rng_state)(call.rng_state)
         yield
@@ -346,8 +356,8 @@ def _expand_ids(call: LayerCall) -> tuple[Tensor, Tensor]:
 
 
 def _padding_idx(layer: Layer) -> int | None:
-    index: int | None = layer.module.padding_idx
-    return index
+    assert isinstance(layer.module, nn.Embedding)
+    return layer.module.padding_idx
 
 
 def _sum_features(values: Tensor) -> Tensor:

@@ -41,14 +41,14 @@ class SampleLayout:
             return values
         for length in self.seq_lengths:
             if leading == self.rows * length:
-                return values.unflatten(axis, (self.rows, length))
+                return values.reshape(*values.shape[:axis], self.rows, length, *values.shape[axis + 1 :])
         raise ValueError(
             f"values with {leading} leading entries cannot be attributed to {self.rows} rows of lengths "
             f"{list(self.seq_lengths)}: the layer mixes or reorders samples"
         )
 
     def sum_samples(self, values: Tensor) -> Tensor:
-        """Sums `[K, rows, ...]` (or `[K, rows * S, ...]`) over everything but target and sample: `[K, num_samples]`."""
+        """Sums `[K, rows, ...]` (or `[K, rows * S, ...]`) over all but target and sample: `[K, num_samples]`."""
         values = self.by_row(values, axis=1)
         if self.segments is None:
             return values.flatten(2).sum(-1) if values.ndim > 2 else values
@@ -65,7 +65,7 @@ class SampleLayout:
         values = self.by_row(values, axis=1)
         if values.ndim < 3 or values.shape[2] not in self.seq_lengths:
             raise ValueError(
-                f"values of shape {list(values.shape[1:])} have no token axis (sequence lengths {list(self.seq_lengths)})"
+                f"values of shape {list(values.shape[1:])} have no token axis of the lengths {list(self.seq_lengths)}"
             )
         return values.flatten(3).sum(-1) if values.ndim > 3 else values
 

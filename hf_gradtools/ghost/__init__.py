@@ -9,7 +9,7 @@ _LAZY = {
     "GhostDotProdCallback": "callback",
     "GhostDotProdConfig": "config",
     "GhostValues": "results",
-    "UncoveredGradientError": "engine",
+    "UncoveredGradientError": "coverage",
     "ghost_values": "results",
     "load_ghost_dataset": "loading",
 }
@@ -27,7 +27,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .callback import GhostDotProdCallback
     from .config import GhostDotProdConfig
-    from .engine import GhostDotProd, UncoveredGradientError
+    from .coverage import UncoveredGradientError
+    from .engine import GhostDotProd
     from .loading import load_ghost_dataset
     from .results import GhostValues, ghost_values
 

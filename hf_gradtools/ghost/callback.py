@@ -16,12 +16,12 @@ from ..core import distributed
 from ..core.samples import SampleLayout
 from ..core.store import RowStore
 from .config import GhostDotProdConfig
-from .engine import GhostDotProd, StepScores, infer_layout
+from .engine import GhostDotProd, StepScores
 from .identity import run_identity
+from .layout import infer_layout
+from .loading import load_ghost_dataset
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
 from .quantized import keep_quantized_gradients
-from .loading import load_ghost_dataset
-from .loading import load_ghost_dataset
 from .results import GhostValues, ghost_values
 from .rows import MicroBatchRecord, build_rows, sample_losses, target_counts
 from .sample_ids import BatchIds, install_ids
@@ -135,7 +135,9 @@ class GhostDotProdCallback(TrainerCallback):
         if config.optimizer_aware:
             unwrap_optimizer(optimizer)
             if optimizer.scaler is not None:
-                raise ValueError("optimizer_aware values are not defined under fp16 loss scaling; train with bf16=True")
+                raise ValueError(
+                    "optimizer_aware values are not defined under fp16 loss scaling; train with bf16=True"
+                )
         self._engine = engine = GhostDotProd(
             model,
             layers=config.layers,
@@ -200,9 +202,7 @@ class GhostDotProdCallback(TrainerCallback):
         if control.should_log and self.figures and self._trainer is not None:
             self._trainer.log(dict(self.figures))
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and self._trainer is None:
             logs.update(self.figures)  # seen by the progress bar; reporters need set_trainer
 
@@ -349,9 +349,7 @@ class GhostDotProdCallback(TrainerCallback):
         ValidationData.check_not_empty(self._trainer.eval_dataset)
         return self._trainer.eval_dataset
 
-    def _open_store(
-        self, model: nn.Module, args: TrainingArguments, state: TrainerState, dataloader: Any
-    ) -> RowStore:
+    def _open_store(self, model: nn.Module, args: TrainingArguments, state: TrainerState, dataloader: Any) -> RowStore:
         config = self.config
         assert self._engine is not None
         identity = run_identity(_base_model(model), self._engine.layers, self._validation.sizes(), config)
@@ -412,5 +410,3 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         logger.warning(message)
-
-

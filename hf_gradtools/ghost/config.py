@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from .engine import METHODS, Method
+from .scoring import METHODS, Method
 
 
 SCALES = ("contribution", "sample_mean")

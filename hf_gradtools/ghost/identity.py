@@ -31,9 +31,7 @@ def run_identity(
         "model_class": type(model).__name__,
         "frozen_weights": frozen_fingerprint(model),
         "layers": [layer.name for layer in layers],
-        "parameters": {
-            layer.name: {name: list(p.shape) for name, p in layer.parameters.items()} for layer in layers
-        },
+        "parameters": {layer.name: {name: list(p.shape) for name, p in layer.parameters.items()} for layer in layers},
         "layer_patterns": options.pop("layers"),
         "validation_sets": dict(validation_sizes),
         "world_size": distributed.world_size(),

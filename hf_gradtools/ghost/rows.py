@@ -91,7 +91,9 @@ def sample_losses(
     else:
         rows = [  # row by row, so that only one row of logits is ever held in float32
             cross_entropy(row.float(), target.clamp_min(0), reduction="none")
-            for row, target in zip(logits.detach().flatten(0, -2).split(1024), labels.flatten().split(1024), strict=True)
+            for row, target in zip(
+                logits.detach().flatten(0, -2).split(1024), labels.flatten().split(1024), strict=True
+            )
         ]
         losses = torch.cat(rows).double().view(labels.shape)
     sums = layout.sum_samples((losses * mask)[None])[0]
@@ -215,7 +217,9 @@ def _by_set(values: np.ndarray, val_ids: Mapping[str, Sequence[Any]], pairwise: 
 
 def _lists(rows: np.ndarray) -> pa.Array:
     """`[M, n]` as a column of variable-length lists, since n may differ between steps."""
-    return pa.ListArray.from_arrays(np.arange(0, rows.size + 1, max(rows.shape[1], 1), dtype=np.int32), rows.reshape(-1))
+    return pa.ListArray.from_arrays(
+        np.arange(0, rows.size + 1, max(rows.shape[1], 1), dtype=np.int32), rows.reshape(-1)
+    )
 
 
 def _token_lists(tokens: Sequence[Tensor], records: Sequence[MicroBatchRecord], factor: np.ndarray) -> list[Any]:
@@ -250,8 +254,11 @@ def _without_nonfinite(
     logger.warning("%s; no rows are written for them", message)
     index = np.flatnonzero(good)
     taken = {
-        key: values.take(pa.array(index)) if isinstance(values, pa.Array) else [values[i] for i in index]
-        if isinstance(values, list) else values[index]
+        key: values.take(pa.array(index))
+        if isinstance(values, pa.Array)
+        else [values[i] for i in index]
+        if isinstance(values, list)
+        else values[index]
         for key, values in columns.items()
     }
     return taken, int((~good).sum())

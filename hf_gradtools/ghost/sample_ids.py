@@ -87,8 +87,9 @@ class IdCollator:
     def _own_id(self, row: Any) -> int | str:
         if not isinstance(row, Mapping) or self.id_column not in row:
             raise ValueError(
-                f"the training dataset is iterable and its rows have no column {self.id_column!r}, so its samples cannot "
-                f"be told apart; add one, e.g. dataset.map(lambda row, i: {{'{self.id_column}': i}}, with_indices=True)"
+                f"the training dataset is iterable and its rows have no column {self.id_column!r}, so its samples "
+                "cannot be told apart; add one, e.g. "
+                f"dataset.map(lambda row, i: {{'{self.id_column}': i}}, with_indices=True)"
             )
         return _checked_id(row[self.id_column], self.id_column)
 
@@ -151,8 +152,8 @@ def locate_samples(ids: BatchIds, layout: SampleLayout) -> tuple[list[int], list
         if layout.rows == num_rows:
             return list(range(num_rows)), [0] * num_rows
         raise ValueError(
-            f"the model was called with {layout.rows} rows for {num_rows} dataset rows; GhostDotProdCallback needs one "
-            "row per sample, or packed rows with position_ids (as DataCollatorWithFlattening makes them)"
+            f"the model was called with {layout.rows} rows for {num_rows} dataset rows; GhostDotProdCallback needs "
+            "one row per sample, or packed rows with position_ids (as DataCollatorWithFlattening makes them)"
         )
     flat = layout.segments.flatten()
     starts = torch.cat([flat.new_zeros(1), (flat[1:] != flat[:-1]).nonzero().flatten() + 1]).cpu()

@@ -94,9 +94,7 @@ def hessian_vector_product(
             inner = sum((g * u).sum() for g, u in zip(first, vector, strict=True) if g is not None and g.requires_grad)
             if not isinstance(inner, Tensor):
                 continue
-            for product, part in zip(
-                products, torch.autograd.grad(inner, parameters, allow_unused=True), strict=True
-            ):
+            for product, part in zip(products, torch.autograd.grad(inner, parameters, allow_unused=True), strict=True):
                 product.add_(part) if part is not None else None
     all_reduce_sum(products)
     return products
@@ -126,8 +124,8 @@ def total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) ->
     all_reduce_sum([total])
     if total == 0:
         raise ValueError(
-            "the validation batches have no label that counts (all are -100 or missing); pass a val_dataset whose rows "
-            "have 'labels', or a data_collator that makes them"
+            "the validation batches have no label that counts (all are -100 or missing); pass a val_dataset whose "
+            "rows have 'labels', or a data_collator that makes them"
         )
     return int(total)
 

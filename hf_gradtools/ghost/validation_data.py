@@ -96,11 +96,13 @@ class ValidationData:
     def _collate(self, name: str, indices: list[int]) -> Any:
         rows = [self.rows[name][i] for i in indices]
         column = self.config.sample_id_column
-        batch = self.collate([{k: v for k, v in r.items() if k != column} if isinstance(r, Mapping) else r for r in rows])
+        batch = self.collate(
+            [{k: v for k, v in r.items() if k != column} if isinstance(r, Mapping) else r for r in rows]
+        )
         if self.needs_labels and (not isinstance(batch, Mapping) or batch.get("labels") is None):
             raise ValueError(
-                f"validation set {name!r} gives batches without 'labels' (columns {sorted(rows[0])}); add labels to its "
-                "rows, pass a data_collator that makes them, or loss_fn=..."
+                f"validation set {name!r} gives batches without 'labels' (columns {sorted(rows[0])}); add labels to "
+                "its rows, pass a data_collator that makes them, or loss_fn=..."
             )
         return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 

@@ -28,7 +28,9 @@ PORTS = iter(range(29_610 + os.getpid() % 1000, 40_000, 7))
 def torchrun(module, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={next(PORTS)}"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "-m", module, *map(str, args)], env=env, timeout=200, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-m", module, *map(str, args)], env=env, timeout=200, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -145,9 +145,7 @@ def train(model, train_rows, val_rows, path, *, callbacks=(), args=None, trainer
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 1,
     }  # fmt: skip
     training = TrainingArguments(**{**defaults, **(args or {})})
-    run = trainer(
-        model=model, args=training, train_dataset=train_rows, callbacks=[callback, recorder, *callbacks]
-    )
+    run = trainer(model=model, args=training, train_dataset=train_rows, callbacks=[callback, recorder, *callbacks])
     run.train()
     return callback, recorder, run
 

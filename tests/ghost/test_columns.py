@@ -43,7 +43,9 @@ def test_sample_mean_scale_is_the_gradient_of_the_samples_own_loss(make, accumul
         batch["num_items_in_batch"] = 1
     sums, _ = reference_step(model, step, as_batch(VAL))
     counts = torch.cat([(b["labels"][:, 1:] != -100).sum(1) for b, _ in step["batches"]])
-    torch.testing.assert_close(torch.tensor(callback.dataset["dot_product"][:]).double(), sums / counts, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        torch.tensor(callback.dataset["dot_product"][:]).double(), sums / counts, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_losses_and_token_counts(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,7 +22,6 @@ from transformers import (
     Trainer,
 )
 
-from datasets import Dataset
 from hf_gradtools import GhostDotProd
 from tests.ghost.reference import (
     VOCAB,
@@ -100,7 +100,9 @@ def test_lora_on_nf4_with_an_evaluation_in_between(method, tmp_path):
     pytest.importorskip("bitsandbytes")
     dense = LlamaForCausalLM(type(llama().config)(**{**SMALL, "hidden_size": 64, "intermediate_size": 64}))
     dense.save_pretrained(tmp_path / "dense")
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     base = LlamaForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=quantization, device_map="cpu", dtype=torch.float32
     )
@@ -141,9 +143,19 @@ def test_gemmas_scaled_embedding_and_shifted_norm(method, tmp_path):
 def test_experts_some_without_a_token(tmp_path):
     torch.manual_seed(0)
     model = perturbed(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=16, num_experts_per_tok=1)))
-    callback, recorder, _ = train(model, rows(9, length=(3, 5)), VAL, tmp_path, args={"per_device_train_batch_size": 1})
+    callback, recorder, _ = train(
+        model, rows(9, length=(3, 5)), VAL, tmp_path, args={"per_device_train_batch_size": 1}
+    )
     assert errors(callback, recorder, model, VAL, dtype=torch.float32) < 5e-5
     assert max(callback.dataset["residual"]) < 1e-4
+
+
+def test_experts_under_bf16_autocast(tmp_path):
+    """Layers without a closed form are replayed in the precision that they ran in."""
+    torch.manual_seed(0)
+    model = perturbed(MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)))
+    callback, _, _ = train(model, rows(9), VAL, tmp_path, args={"bf16": True})
+    assert max(callback.dataset["residual"]) < 1e-2
 
 
 def test_module_called_several_times(tmp_path):
@@ -160,7 +172,10 @@ def test_module_called_several_times(tmp_path):
 
 def check_classifier(model, tmp_path):
     g = torch.Generator().manual_seed(3)
-    batch = {"input_ids": torch.randint(1, VOCAB, (6, 9), generator=g), "labels": torch.randint(0, 3, (6,), generator=g)}
+    batch = {
+        "input_ids": torch.randint(1, VOCAB, (6, 9), generator=g),
+        "labels": torch.randint(0, 3, (6,), generator=g),
+    }
     val = {"input_ids": torch.randint(1, VOCAB, (4, 9), generator=g), "labels": torch.randint(0, 3, (4,), generator=g)}
     for method in ("auto", "takeover", "contraction"):
         model.train()
@@ -204,7 +219,9 @@ def test_packed_rows_are_scored_by_document(tmp_path):
     stored = callback.dataset[:]
     assert max(stored["residual"]) < 1e-5
     for n, step in enumerate(recorder.steps, start=1):
-        mine = {i: d for i, s, d in zip(stored["sample_id"], stored["step"], stored["dot_product"], strict=True) if s == n}
+        mine = {
+            i: d for i, s, d in zip(stored["sample_id"], stored["step"], stored["dot_product"], strict=True) if s == n
+        }
         expected = unpacked(model, step, data, list(mine))
         torch.testing.assert_close(torch.tensor(list(mine.values())).double(), expected, rtol=1e-4, atol=1e-7)
     tokens = [sum(t) for t in stored["token_dot_products"]]

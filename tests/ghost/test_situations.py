@@ -81,7 +81,9 @@ def test_all_masked_sample_has_value_zero(tmp_path):
     model = llama()
     callback, recorder, _ = train(model, type(VAL).from_list(data), VAL, tmp_path, args={"max_steps": 2})
     assert errors(callback, recorder, model, VAL) < 1e-5
-    assert [d for i, d in zip(callback.dataset["sample_id"], callback.dataset["dot_product"], strict=True) if i == 2] == [0.0]
+    assert [
+        d for i, d in zip(callback.dataset["sample_id"], callback.dataset["dot_product"], strict=True) if i == 2
+    ] == [0.0]
 
 
 def test_frozen_parameters_stay_frozen_and_unscored(tmp_path):
@@ -151,7 +153,11 @@ def test_nothing_is_left_on_the_model(tmp_path):
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    assert trainer.get_train_dataloader().base_dataloader.dataset[0].keys() == {"input_ids", "labels", "attention_mask"}
+    assert trainer.get_train_dataloader().base_dataloader.dataset[0].keys() == {
+        "input_ids",
+        "labels",
+        "attention_mask",
+    }
 
 
 def test_encoder_decoder_with_lora_free_layers(tmp_path):
@@ -164,5 +170,7 @@ def test_encoder_decoder_with_lora_free_layers(tmp_path):
     model = T5ForConditionalGeneration(config)
     with pytest.raises(ValueError, match="relative_attention_bias"):
         train(model, rows(6), VAL, tmp_path / "all")
-    callback, _, _ = train(model, rows(6), VAL, tmp_path / "some", layers=["layer_norm", r"\.(q|k|v|o|wi|wo)$", "shared"])
+    callback, _, _ = train(
+        model, rows(6), VAL, tmp_path / "some", layers=["layer_norm", r"\.(q|k|v|o|wi|wo)$", "shared"]
+    )
     assert residual(callback) < 1e-5

@@ -74,7 +74,9 @@ def scored(problem, scale=None, **kwargs):
         return engine.scores(), engine
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.3}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.3}]
+)
 def test_sgd_values_are_the_slope_of_the_real_step(kwargs):
     problem = Regression(lambda p: torch.optim.SGD(p, lr=0.1, **kwargs))
     scores, _ = scored(problem, lambda p: frozen_derivative(problem.optimizer, p))

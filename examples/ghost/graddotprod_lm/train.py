@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import (
     AutoTokenizer,
@@ -111,7 +112,7 @@ def make_datasets(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     wanted = args.val_blocks + -(-args.max_steps * args.batch_size // len(domains))
     blocks = {name: make_blocks(texts, tokenizer, args.block_size, wanted) for name, texts in domains.items()}
     for name, found in blocks.items():
-        if len(found) < 2 * args.val_blocks:
+        if len(found) <= args.val_blocks:
             raise SystemExit(
                 f"domain {name!r} has {len(found)} blocks, too few to hold out --val_blocks {args.val_blocks}. "
                 "Add text (--num_documents), or lower --val_blocks, --block_size or --max_domains."
@@ -134,7 +135,8 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, block_size
     if architecture.startswith("gpt2"):
         shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": block_size}
         dropout = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **dropout, **ends))
+        config = GPT2Config(vocab_size=len(tokenizer), loss_type="ForCausalLM", **shape, **dropout, **ends)
+        return GPT2LMHeadModel(config)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=layers,
@@ -196,6 +198,7 @@ def main() -> None:
             seed=args.seed,
             logging_steps=max(args.max_steps // 5, 1),
             save_strategy="no",
+            dataloader_pin_memory=torch.accelerator.is_available(),
             remove_unused_columns=False,
         ),
         train_dataset=train.remove_columns("text"),
