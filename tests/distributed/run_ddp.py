@@ -15,7 +15,7 @@ def main(path: Path, method: str) -> None:
     options = {"grad_norms": True, "second_order": True} if method == "contraction" else {}
     callback, recorder, _ = train(
         model, rows(18), rows(5, seed=9), path, method=method, val_micro_batch_size=2, **options,
-        args={"gradient_accumulation_steps": 2, "max_steps": 3, "output_dir": str(path / f"out{rank}"), "optim": "sgd"},
+        args={"gradient_accumulation_steps": 2, "max_steps": 3, "output_dir": f"{path}/out{rank}", "optim": "sgd"},
     )  # fmt: skip
     torch.save({"steps": recorder.steps, "weights": model.state_dict()}, path / f"rank{rank}.pt")
     sys.stdout.flush()

@@ -24,8 +24,8 @@ STEPS, SAVE_STEPS = 40, 5
 def run(path: Path) -> None:
     args = TrainingArguments(
         str(path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS,
-        learning_rate=1e-3, report_to="none", save_steps=SAVE_STEPS, save_total_limit=3, disable_tqdm=True, use_cpu=True,
-        seed=3, logging_strategy="no",
+        learning_rate=1e-3, report_to="none", save_steps=SAVE_STEPS, save_total_limit=3, disable_tqdm=True,
+        use_cpu=True, seed=3, logging_strategy="no",
     )  # fmt: skip
     callback = GhostDotProdCallback(
         rows(12, seed=9), output_dir=str(path / "ghost"), val_batch_size=4, rows_per_shard=30

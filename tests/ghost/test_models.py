@@ -271,3 +271,61 @@ def test_pairwise_against_each_validation_sample(tmp_path):
         expected, _ = reference_step(model, recorder.steps[0], as_batch(VAL.select([j])))
         torch.testing.assert_close(pairs[:, j], expected * counts[j] / counts.sum(), rtol=1e-4, atol=1e-8)
     assert pairs.sum(1).tolist() == pytest.approx(callback.dataset["dot_product"][:], rel=1e-4)
+
+
+def test_seq2seq_trainer_with_lora(tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=VOCAB, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = adapted(T5ForConditionalGeneration(config), target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")
+
+    def trainer(args, **kwargs):
+        fields = {"per_device_train_batch_size": 3, "max_steps": 3, "report_to": "none", "use_cpu": True, "seed": 1}
+        return Seq2SeqTrainer(
+            args=Seq2SeqTrainingArguments(str(tmp_path / "out"), save_strategy="no", **fields), **kwargs
+        )
+
+    callback, recorder, _ = train(model, rows(9), VAL, tmp_path, trainer=trainer)
+    data = callback.dataset.with_format("numpy")[:]
+    assert data["residual"].max() < 1e-5
+    for n, step in enumerate(recorder.steps, start=1):
+        mine = torch.tensor(data["dot_product"][data["step"] == n]).double()
+        torch.testing.assert_close(mine, seq2seq_dots(model, step), rtol=1e-4, atol=1e-7)
+
+
+def seq2seq_dots(model, step):
+    """One backward per row through the model's own loss, weighted by its share of the targets."""
+    model = copy.deepcopy(model)
+    model.load_state_dict(step["weights"])
+    model = model.double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    (batch, _), val = step["batches"][0], as_batch(VAL)
+    target = torch.autograd.grad(model(**val).loss, parameters)
+    dots = []
+    for i in range(len(batch["labels"])):
+        row = {k: v[i : i + 1] for k, v in batch.items() if k in ("input_ids", "labels", "attention_mask")}
+        share = (row["labels"] != -100).sum() / batch["num_items_in_batch"]
+        grads = torch.autograd.grad(model(**row).loss * share, parameters)
+        dots.append(sum((g * t).sum() for g, t in zip(grads, target, strict=True)))
+    return torch.stack(dots)
+
+
+def test_scaled_losses_of_fp16_training():
+    """Values are of the loss before the scaler multiplied it."""
+    model, batch, val = llama(), as_batch(rows(4)), as_batch(VAL)
+    found = []
+    for scale in (1.0, 1024.0):
+        model.zero_grad()
+        model.train()
+        with GhostDotProd(model, shifts_labels=True, grad_norms=True) as engine:
+            engine.loss_scale = lambda scale=scale: scale
+            engine.validate([val])
+            (model(**batch).loss * scale).backward()
+            found.append(engine.scores())
+    torch.testing.assert_close(found[0].dots, found[1].dots, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found[0].sq_norms, found[1].sq_norms, rtol=1e-4, atol=1e-8)
+    assert found[1].residual < 1e-5

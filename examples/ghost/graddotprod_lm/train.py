@@ -174,9 +174,8 @@ def main() -> None:
     if args.val_domain and args.val_domain not in validation:
         raise SystemExit(f"--val_domain {args.val_domain} is none of the domains {', '.join(validation)}")
     model = make_model(args.architecture, tokenizer, args.block_size)
-    print(
-        f"{args.architecture}: {model.num_parameters() / 1e6:.1f} M parameters; {len(train)} blocks of {', '.join(validation)}"
-    )
+    size = f"{model.num_parameters() / 1e6:.1f} M parameters"
+    print(f"{args.architecture}: {size}; {len(train)} blocks of {', '.join(validation)}")
 
     out = Path(args.output_dir)
     targets = {args.val_domain: validation[args.val_domain]} if args.val_domain else validation
