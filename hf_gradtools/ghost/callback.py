@@ -268,7 +268,7 @@ class GhostDotProdCallback(TrainerCallback):
         if config.second_order:
             second_order = self._second_order(clip)
         engine.release()
-        rows, kept = build_rows(
+        rows, left_out = build_rows(
             config,
             self._records,
             scores,
@@ -283,7 +283,7 @@ class GhostDotProdCallback(TrainerCallback):
             "ghost/residual": scores.residual,
             "ghost/dot_product_mean": float(scores.dots.mean()),
             "ghost/harmful_share": float((scores.dots.sum(0) < 0).double().mean()),
-            "ghost/rows_left_out": float(len(self._records) and kept),
+            "ghost/rows_left_out": float(left_out),
         }
 
     def _update_scale(self) -> Callable[[nn.Parameter], Tensor | float]:

@@ -194,10 +194,10 @@ class GhostDotProd:
             finally:
                 self._scorer.record_target(None)
         if scale is not None:
-            for p, *gradients_of_p in zip(self.parameters, *gradients, strict=True):
+            for i, p in enumerate(self.parameters):
                 factor = scale(p)
-                for gradient in gradients_of_p:
-                    gradient.mul_(factor)
+                for gradient in gradients:
+                    gradient[i] = gradient[i] * factor
         self.set_targets([dict(zip(self.parameters, gradient, strict=True)) for gradient in gradients])
 
     def set_targets(self, targets: Sequence[Mapping[nn.Parameter, Tensor]]) -> None:

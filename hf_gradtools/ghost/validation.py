@@ -58,17 +58,20 @@ def validation_gradient(
         one gradient per parameter, whole on every rank, zero where the loss does not depend on it.
     """
     total = total or total_targets(batches, parameters[0].device)
-    gradients = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    gradients: list[Tensor | None] = [None] * len(parameters)
     trainable = {p: None for p in (*parameters, *model.parameters()) if p.requires_grad}
     with evaluating(model), torch.enable_grad():
         for batch, count in batches:
             if count:
                 loss = loss_fn(model, batch) * (count / total)
-                for total_grad, grad in zip(gradients, _gradients(loss, parameters, trainable), strict=True):
-                    total_grad.add_(grad) if grad is not None else None
+                gradients = _add(gradients, _gradients(loss, parameters, trainable))
+    whole = [
+        torch.zeros(p.shape, dtype=p.dtype, device=p.device) if gradient is None else gradient
+        for p, gradient in zip(parameters, gradients, strict=True)
+    ]
     if not any(is_sharded(p) for p in parameters):
-        all_reduce_sum(gradients)
-    return gradients
+        all_reduce_sum(whole)
+    return whole
 
 
 def hessian_vector_product(
@@ -84,7 +87,7 @@ def hessian_vector_product(
     gradient.
     """
     total = total_targets(batches, parameters[0].device)
-    products = [torch.zeros_like(p) for p in parameters]
+    products: list[Tensor | None] = [None] * len(parameters)
     with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch, count in batches:
             if not count:
@@ -94,10 +97,10 @@ def hessian_vector_product(
             inner = sum((g * u).sum() for g, u in zip(first, vector, strict=True) if g is not None and g.requires_grad)
             if not isinstance(inner, Tensor):
                 continue
-            for product, part in zip(products, torch.autograd.grad(inner, parameters, allow_unused=True), strict=True):
-                product.add_(part) if part is not None else None
-    all_reduce_sum(products)
-    return products
+            products = _add(products, torch.autograd.grad(inner, parameters, allow_unused=True))
+    whole = [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, products, strict=True)]
+    all_reduce_sum(whole)
+    return whole
 
 
 @contextmanager
@@ -112,6 +115,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def _add(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums entry by entry; None is zero. Never in place, since autograd may hand out one tensor for several parameters;
+    each part is let go as soon as it is added."""
+    left = list(parts)
+    sums: list[Tensor | None] = list(totals)
+    for i, total in enumerate(sums):
+        part, left[i] = left[i], None
+        if part is not None:
+            sums[i] = part if total is None else total + part
+    return sums
 
 
 def total_targets(batches: Sequence[tuple[Batch, int]], device: torch.device) -> int:

@@ -150,19 +150,20 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerBase, block_size
     return LlamaForCausalLM(config)
 
 
-def print_table(rows: Dataset, domains: Iterable[str]) -> None:
-    """Mean value of the samples of each domain (down) for the validation loss of each (across)."""
+def print_table(rows: Dataset, domains: list[str], targets: list[str]) -> None:
+    """Mean value of the samples of each domain (down) for the validation loss of each target (across)."""
     table = rows.to_pandas()
     table["domain"] = table["sample_id"].str.rpartition("-")[0]
-    values = {name.partition("/")[2]: name for name in table.columns if name.partition("/")[0] == "value"}
-    means = table.groupby("domain")[list(values.values())].mean().reindex(domains) * 1e6
-    width = max(map(len, [*domains, *values])) + 2
+    columns = [column for column in table.columns if column.partition("/")[0] == "value"]
+    means = table.groupby("domain")[columns].mean().reindex(domains) * 1e6
+    width = max(map(len, domains)) + 2
     print("\nMean change of the validation loss (x 1e-6) by one training block of the domain on the left.")
     print("Negative helps; * helps most.\n")
-    print(" " * width + "".join(f"{name or 'value':>{width + 1}}" for name in values))
+    print(" " * width + "".join(f"{target:>{width}} " for target in targets))
     for domain in domains:
-        cells = [f"{means[c][domain]:.1f}{'*' if domain == means[c].idxmin() else ' '}" for c in values.values()]
-        print(f"{domain:<{width}}" + "".join(f"{cell:>{width + 1}}" for cell in cells))
+        best = ["*" if means[column].idxmin() == domain else " " for column in columns]
+        cells = [f"{means[column][domain]:>{width}.1f}{mark}" for column, mark in zip(columns, best, strict=True)]
+        print(f"{domain:<{width}}" + "".join(cells))
 
 
 def main() -> None:
@@ -211,7 +212,7 @@ def main() -> None:
     if args.method == "GradDotProd":
         write_texts(train, out / TEXTS)
         stored = StoredRun.open(out)
-        print_table(stored.rows, list(validation))
+        print_table(stored.rows, list(validation), list(targets))
         print(f"\nreport: {stored.write_report()}")
 
 
