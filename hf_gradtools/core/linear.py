@@ -39,16 +39,16 @@ def _row_dots(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(dtype) * y.to(dtype)).sum(-1)
 
 
-def flat_dot(x: Tensor, y: Tensor, chunk: int = 2**16) -> Tensor:
-    """⟨x, y⟩ of two equally shaped tensors as a float64 scalar, from partial sums short enough not to lose digits."""
+def flat_dot(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x, y⟩ of two equally shaped tensors as a float64 scalar.
+
+    BLAS dot products add up a million same-signed float32 terms to three digits or so; PyTorch's own sums are pairwise.
+    """
     dtype = accumulation_dtype(x.dtype)
-    x, y = x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)
-    whole = x.numel() // chunk * chunk
-    total = torch.dot(x[whole:], y[whole:]).double()
-    if whole:
-        partial = torch.bmm(x[:whole].view(-1, 1, chunk), y[:whole].view(-1, chunk, 1))
-        total = total + partial.double().sum()
-    return total
+    x, y = x.reshape(-1), y.reshape(-1)
+    chunk = TILE_BYTES // dtype.itemsize
+    parts = [(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(x.split(chunk), y.split(chunk), strict=True)]
+    return torch.stack(parts).double().sum()
 
 
 def token_dots(activations: Tensor, output_grads: Tensor, targets: Tensor) -> Tensor:
@@ -133,16 +133,18 @@ def takeover(
     sq_norms = activations.new_zeros(samples, dtype=dtype) if with_sq_norms else None
     rows = max(1, min(outputs, TILE_BYTES // (inputs * output_grads.element_size())))
     scratch = activations.new_empty(rows, inputs)
+    products = activations.new_empty(len(targets), rows * inputs, dtype=dtype)
     for start in range(0, outputs, rows):
         stop = min(start + rows, outputs)
         block, tile = weight_grad[start:stop], scratch[: stop - start]
         flat_targets = targets[:, start:stop].reshape(len(targets), -1).to(dtype)
+        product = products[:, : tile.numel()]
         for n in range(samples):
             torch.mm(output_grads[n, :, start:stop].mT, activations[n], out=tile)
             piece = tile.view(-1).to(dtype)
-            dots[:, n] += flat_targets @ piece
+            dots[:, n] += torch.mul(flat_targets, piece, out=product).sum(-1)  # as precise as :func:`flat_dot`
             if sq_norms is not None:
-                sq_norms[n] += torch.dot(piece, piece)
+                sq_norms[n] += torch.mul(piece, piece, out=product[0]).sum()
             if n == 0:
                 block.copy_(tile)
             else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,11 +120,12 @@ class GhostDotProdCallback(TrainerCallback):
                 "GhostDotProdCallback does not run under nn.DataParallel; start one process per GPU with "
                 "`accelerate launch` or `torchrun`"
             )
-        try:
+        if args.deepspeed:
+            raise ValueError(
+                "GhostDotProdCallback needs whole parameters and DeepSpeed partitions them; train without deepspeed=..."
+            )
+        with self._closing_on_error():
             self._begin(args, state, model, kwargs["optimizer"], dataloader)
-        except BaseException:
-            self.close()
-            raise
 
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, dataloader: Any
@@ -174,20 +176,16 @@ class GhostDotProdCallback(TrainerCallback):
         self._scoring = state.global_step % self.config.every_steps == 0
         if not self._scoring or self._engine is None:
             return
-        self._batches = self._validation.batches(state.global_step)
-        scale = None
-        if self.config.optimizer_aware is True:
-            scale = self._update_scale()
-        chunks = {name: chunks for name, (chunks, _) in self._batches.items()}
-        self._engine.validate(chunks, scale, separately=self.config.pairwise)
+        with self._closing_on_error():
+            self._batches = self._validation.batches(state.global_step)
+            scale = self._update_scale() if self.config.optimizer_aware is True else None
+            chunks = {name: chunks for name, (chunks, _) in self._batches.items()}
+            self._engine.validate(chunks, scale, separately=self.config.pairwise)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._scoring and self._engine is not None:
-            try:
+            with self._closing_on_error():
                 self._score(state)
-            except BaseException:
-                self.close()
-                raise
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._pending is not None and self._optimizer.step_was_skipped:
@@ -203,7 +201,7 @@ class GhostDotProdCallback(TrainerCallback):
             self._trainer.log(dict(self.figures))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is not None and self._trainer is None:
+        if logs is not None and "loss" in logs and self._trainer is None:
             logs.update(self.figures)  # seen by the progress bar; reporters need set_trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -223,6 +221,15 @@ class GhostDotProdCallback(TrainerCallback):
             self._store.close()
         self._engine, self._store, self._scoring = None, None, False
 
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """An exception ends training without another event: the model must be clean by then."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     # ---- a forward pass
 
     def _before_forward(
@@ -230,16 +237,17 @@ class GhostDotProdCallback(TrainerCallback):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = kwargs.pop(self._key, None)
         if self._scoring and module.training and torch.is_grad_enabled():
-            if ids is None:
-                raise RuntimeError(
-                    "a training batch reached the model without its sample ids: the trainer's training_step or "
-                    f"compute_loss drops unknown inputs such as {self._key!r}. Pass all of `inputs` to the model."
-                )
-            self._begin_microbatch(ids, infer_layout(args, kwargs), kwargs)
+            with self._closing_on_error():
+                self._begin_microbatch(ids, infer_layout(args, kwargs), kwargs)
         return args, kwargs
 
-    def _begin_microbatch(self, ids: BatchIds, layout: SampleLayout, kwargs: Mapping[str, Any]) -> None:
+    def _begin_microbatch(self, ids: BatchIds | None, layout: SampleLayout, kwargs: Mapping[str, Any]) -> None:
         assert self._engine is not None
+        if ids is None:
+            raise RuntimeError(
+                "a training batch reached the model without its sample ids: the trainer's training_step or "
+                f"compute_loss drops unknown inputs such as {self._key!r}. Pass all of `inputs` to the model."
+            )
         counts = target_counts(kwargs, layout, self._shifts_labels)
         self._records.append(MicroBatchRecord(ids, layout, counts, kwargs.get("num_items_in_batch")))
         self._engine.begin_microbatch(layout)
@@ -252,7 +260,7 @@ class GhostDotProdCallback(TrainerCallback):
         if output.get("loss") is not None:
             record.loss = output["loss"].detach()
         if self.config.sample_losses:
-            with torch.no_grad():
+            with self._closing_on_error(), torch.no_grad():
                 record.sample_losses = sample_losses(output, kwargs, record.layout, self._shifts_labels)
 
     # ---- a step
@@ -261,10 +269,12 @@ class GhostDotProdCallback(TrainerCallback):
         engine, config = self._engine, self.config
         assert engine is not None
         scores = engine.scores()
+        if self._optimizer.scaler is not None and not torch.isfinite(scores.dots).all():
+            return  # the scaler will skip the step and lower its scale
         clip = engine.clip_coefficient() if config.optimizer_aware else 1.0
         second_order = None
         if config.optimizer_aware == "exact":
-            scores = self._rescore_exactly(scores, clip)
+            scores = self._rescore_exactly(scores)
         if config.second_order:
             second_order = self._second_order(clip)
         engine.release()
@@ -292,7 +302,7 @@ class GhostDotProdCallback(TrainerCallback):
         rates, reference = learning_rates(optimizer), self._reference_lr()
         return lambda p: frozen_derivative(optimizer, p) * (rates[p] / reference if reference else 1.0)
 
-    def _rescore_exactly(self, scores: StepScores, clip: float) -> StepScores:
+    def _rescore_exactly(self, scores: StepScores) -> StepScores:
         engine = self._engine
         assert engine is not None
         optimizer = unwrap_optimizer(self._optimizer)

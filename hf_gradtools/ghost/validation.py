@@ -118,8 +118,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _add(totals: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Sums entry by entry; None is zero. Never in place, since autograd may hand out one tensor for several parameters;
-    each part is let go as soon as it is added."""
+    """Sums entry by entry; None is zero. Never in place, since autograd may hand out one tensor for several
+    parameters; each part is let go as soon as it is added."""
     left = list(parts)
     sums: list[Tensor | None] = list(totals)
     for i, total in enumerate(sums):

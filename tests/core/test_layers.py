@@ -157,6 +157,21 @@ def test_takeover_equals_the_explicit_gradients_for_any_tile(samples, tokens, in
     torch.testing.assert_close(linear.sample_sq_norms(a, g), norms)
 
 
+def test_long_sums_of_one_sign_keep_their_digits():
+    """A language model head: softmax gradients meet activations that are alike, so all terms add up."""
+    samples, tokens, inputs, outputs = 2, 64, 32, 16_000
+    a = torch.randn(samples, tokens, inputs) * 0.1 + 1
+    g = torch.softmax(torch.randn(samples, tokens, outputs) * 0.01, -1)
+    g[:, torch.arange(tokens), torch.randint(0, 200, (tokens,))] -= 1
+    G = torch.einsum("nso,nsi->oi", g, a)[None]
+    _, dots, norms = linear.takeover(a, g, G, with_sq_norms=True)
+    explicit = torch.einsum("nso,nsi->noi", g.double(), a.double())
+    torch.testing.assert_close(dots.double(), torch.einsum("noi,koi->kn", explicit, G.double()), rtol=2e-6, atol=0)
+    torch.testing.assert_close(norms.double(), explicit.square().sum((1, 2)), rtol=2e-6, atol=0)
+    torch.testing.assert_close(linear.sample_sq_norms(a, g).double(), norms.double(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(linear.flat_dot(G, G), G.double().square().sum(), rtol=1e-7, atol=0)
+
+
 def test_rules_follow_the_forward_not_the_class():
     rule = lambda m: type(rule_for(m, dict(m.named_parameters())))  # noqa: E731
     assert rule(nn.Linear(2, 2)) is LinearRule

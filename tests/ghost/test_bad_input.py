@@ -45,8 +45,11 @@ def test_validation_set_without_labels(tmp_path):
 
 def test_validation_set_whose_labels_are_all_ignored(tmp_path):
     masked = VAL.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    model = llama()
     with pytest.raises(ValueError, match="no label that counts"):
-        train(llama(), rows(9), masked, tmp_path)
+        train(model, rows(9), masked, tmp_path)
+    model._forward_pre_hooks.popitem()  # the test's own recorder
+    assert clean(model)
 
 
 def test_collator_that_makes_no_labels(tmp_path):
@@ -143,6 +146,8 @@ def test_loss_computed_without_the_batchs_ids(tmp_path):
     model = llama()
     with pytest.raises(RuntimeError, match="without its sample ids"):
         train(model, rows(9), VAL, tmp_path, trainer=Selective)
+    model._forward_pre_hooks.popitem()  # the test's own recorder
+    assert clean(model)
 
 
 def test_no_validation_set_at_all(tmp_path):

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -36,6 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
@@ -122,7 +124,7 @@ def test_report_is_written_anew_with_fewer_sets_and_samples(train, tmp_path):
     assert result.exit_code == 0, result.output
     assert "'b'" in result.stdout
     assert "'a'" not in result.stdout
-    assert html.read_text().count("what is") == 1
+    assert 1 <= html.read_text().count("what is") <= 2  # of the 3 samples scored: one that helps, one that harms
     assert "it has a, b" in refusal(run("report", tmp_path / "out", "--val", "c")).lower()
 
 

@@ -159,7 +159,7 @@ def print_table(rows: Dataset, domains: list[str], targets: list[str]) -> None:
     width = max(map(len, domains)) + 2
     print("\nMean change of the validation loss (x 1e-6) by one training block of the domain on the left.")
     print("Negative helps; * helps most.\n")
-    print(" " * width + "".join(f"{target:>{width}} " for target in targets))
+    print(" " * width + " ".join(f"{target:>{width}}" for target in targets))
     for domain in domains:
         best = ["*" if means[column].idxmin() == domain else " " for column in columns]
         cells = [f"{means[column][domain]:>{width}.1f}{mark}" for column, mark in zip(columns, best, strict=True)]
