@@ -209,11 +209,14 @@ class RowStore:
     def _open_manifest(self, given: dict[str, Any]) -> dict[str, Any]:
         """The manifest of this store, made now if there is none; ranks that race make the same one."""
         self.path.mkdir(parents=True, exist_ok=True)
+        fresh = {"schema_version": SCHEMA_VERSION, "complete": False, **given}
         if not (self.path / MANIFEST).exists():
-            manifest = {"schema_version": SCHEMA_VERSION, "complete": False, **given}
-            write_json_atomically(self.path / MANIFEST, manifest, tmp_suffix=self._tmp_suffix)
+            write_json_atomically(self.path / MANIFEST, fresh, tmp_suffix=self._tmp_suffix)
         manifest = read_manifest(self.path)
         if differing := _differences(manifest["identity"], given["identity"]):
+            if not _list_shards(self.path):  # a run that failed before its first row binds nobody
+                write_json_atomically(self.path / MANIFEST, fresh, tmp_suffix=self._tmp_suffix)
+                return fresh
             raise StoreMismatchError(
                 f"the store {self.path} was made with other settings: {differing}. "
                 "Pass another folder, or the settings it was made with."

@@ -479,3 +479,12 @@ def test_reader_beside_a_running_writer_sees_growing_prefixes(tmp_path):
         finally:
             writer.kill()
     assert lengths[-1] > lengths[1]
+
+
+def test_a_store_without_rows_takes_a_new_identity(tmp_path):
+    RowStore(tmp_path, {"layers": ["a"]}).close()
+    with RowStore(tmp_path, {"layers": ["b"]}) as store:
+        store.append({"x": [1]})
+    assert read_manifest(tmp_path)["identity"] == {"layers": ["b"]}
+    with pytest.raises(StoreMismatchError, match="layers"):
+        RowStore(tmp_path, {"layers": ["a"]})
