@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, exact memory peaks, Markdown tables."""
+"""What the benchmarks share: interleaved timing, exact memory peaks, Markdown tables, models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from datasets import Dataset
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 MIB = 2**20
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -69,8 +73,8 @@ def time_interleaved(variants: Mapping[str, Variant], rounds: int) -> dict[str, 
     return times
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The largest sum of live tensor bytes while `work` runs, above what was live before it.
+def peak_bytes(work: Callable[[], Result]) -> tuple[int, Result]:
+    """The largest sum of live tensor bytes while `work` runs, above what was live before it, and what `work` returns.
 
     Replays the allocations and frees that torch's profiler records in the CPU allocator. That is exact, and it sees
     what autograd and kernels hold inside C++, which Python-side trackers of storages miss; the process' resident set
@@ -82,17 +86,17 @@ def peak_bytes(work: Callable[[], Any]) -> int:
         _quiet_profiler(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as record,
     ):
-        work()
+        result = work()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return peak, result
 
 
 def check_peak_bytes() -> None:
-    """A case with known answer: three matrices at once, and in backward the two saved ones with two gradients.
+    """Two cases with known answers: temporaries that replace each other, and a backward pass.
 
     Raises:
         AssertionError: the profiler of this torch build does not report what it should.
@@ -100,7 +104,7 @@ def check_peak_bytes() -> None:
     n = 512
     matrix = n * n * 4
 
-    def three() -> None:
+    def temporaries() -> None:
         a = torch.ones(n, n)
         b = a.exp()
         del a
@@ -110,10 +114,10 @@ def check_peak_bytes() -> None:
 
     def backward() -> None:
         x = torch.ones(n, n, requires_grad=True)
-        (x.exp()).sum().backward()  # x, exp(x), and its product with the (expanded, 4 byte) output gradient
+        (x.exp()).sum().backward()  # x, exp(x), and the gradient; that of the sum is an expanded scalar
 
-    for work, expected in ((three, 2 * matrix), (backward, 3 * matrix)):
-        found = peak_bytes(work)
+    for work, expected in ((temporaries, 2 * matrix), (backward, 3 * matrix)):
+        found, _ = peak_bytes(work)
         assert abs(found - expected) < 4096, f"the profiler reports a peak of {found} bytes where it is {expected}"
 
 
@@ -149,3 +153,41 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+# ---- models and data
+
+
+def gpt2(width: int, layers: int) -> nn.Module:
+    config = GPT2Config(
+        n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=8192, n_positions=1024, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M, or a model of random weights and the same sizes where the demo extra is not installed."""
+    try:
+        from hf_gradtools.demo import demo_model_path
+
+        return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    except ImportError:
+        config = LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+
+def smollm2_lora() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    # B starts at zero otherwise, and with it every gradient of A.
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return get_peft_model(smollm2(), config)
+
+
+def random_rows(count: int, tokens: int, seed: int) -> Dataset:
+    ids = torch.randint(1, 8000, (count, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})

@@ -39,7 +39,7 @@ class Observer(Protocol):
         """Whether to hand this call's weight gradient to :meth:`take_over`."""
 
     def take_over(self, layer: Layer, activations: Tensor, output_grads: Tensor) -> Tensor:
-        """Returns the weight gradient, `[O, I]`, of inputs `[rows, ..., I]` and output gradients `[rows, ..., O]`."""
+        """Returns the weight's gradient from inputs `[rows, ..., I]` and output gradients `[rows, ..., O]`."""
 
 
 class LayerCapture:
@@ -180,7 +180,7 @@ class _TakeoverProduct(torch.autograd.Function):
         rule, layer = ctx.layer.rule, ctx.layer
         x_grad = grad @ rule.oriented(weight).to(grad.dtype) if ctx.needs_input_grad[2] else None
         with torch.no_grad():
-            weight_grad = rule.oriented(ctx.observer.take_over(layer, x.detach(), grad)).to(weight.dtype)
+            weight_grad = ctx.observer.take_over(layer, x.detach(), grad).to(weight.dtype)
         bias_grad = grad.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[4] else None
         return None, None, x_grad, weight_grad, bias_grad
 

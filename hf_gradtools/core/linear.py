@@ -18,6 +18,7 @@ from torch import Tensor
 # One tile of a per-sample gradient; at this size it stays in cache between being formed, dotted and added (measured:
 # smaller tiles starve the matrix kernel, whole matrices of a language model head spill to memory).
 TILE_BYTES = 4 * 2**20
+_SMALL_BYTES = 2**20
 
 # Costs in multiply-adds of a full-speed matrix product, fitted to measurements on CPU and kept coarse on purpose: the
 # ways differ by factors, not by per cents.
@@ -42,12 +43,16 @@ def _row_dots(x: Tensor, y: Tensor) -> Tensor:
 def flat_dot(x: Tensor, y: Tensor) -> Tensor:
     """⟨x, y⟩ of two equally shaped tensors as a float64 scalar.
 
-    BLAS dot products add up a million same-signed float32 terms to three digits or so; PyTorch's own sums are pairwise.
+    BLAS adds up a million same-signed float32 terms to three digits or so; PyTorch's own sums are pairwise.
     """
     dtype = accumulation_dtype(x.dtype)
     x, y = x.reshape(-1), y.reshape(-1)
     chunk = TILE_BYTES // dtype.itemsize
-    parts = [(a.to(dtype) * b.to(dtype)).sum() for a, b in zip(x.split(chunk), y.split(chunk), strict=True)]
+    scratch = x.new_empty(min(chunk, x.numel()), dtype=dtype)
+    parts = [
+        torch.mul(a.to(dtype), b.to(dtype), out=scratch[: a.numel()]).sum()
+        for a, b in zip(x.split(chunk), y.split(chunk), strict=True)
+    ]
     return torch.stack(parts).double().sum()
 
 
@@ -128,6 +133,8 @@ def takeover(
     outputs = output_grads.shape[-1]
     activations = activations.to(output_grads.dtype)
     dtype = accumulation_dtype(output_grads.dtype)
+    if samples * inputs * outputs * dtype.itemsize <= _SMALL_BYTES:
+        return _takeover_at_once(activations, output_grads, targets, with_sq_norms)
     weight_grad = activations.new_empty(outputs, inputs, dtype=dtype)
     dots = activations.new_zeros(len(targets), samples, dtype=dtype)
     sq_norms = activations.new_zeros(samples, dtype=dtype) if with_sq_norms else None
@@ -150,6 +157,17 @@ def takeover(
             else:
                 block.add_(tile)
     return weight_grad, dots, sq_norms
+
+
+def _takeover_at_once(
+    activations: Tensor, output_grads: Tensor, targets: Tensor, with_sq_norms: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`takeover` of matrices so small (adapters) that all samples' gradients fit in cache together."""
+    dtype = accumulation_dtype(output_grads.dtype)
+    grads = torch.bmm(output_grads.mT, activations).to(dtype)
+    flat = grads.flatten(1)
+    dots = torch.stack([(flat * target.reshape(-1).to(dtype)).sum(-1) for target in targets])
+    return grads.sum(0), dots, flat.square().sum(-1) if with_sq_norms else None
 
 
 def cheapest_way(

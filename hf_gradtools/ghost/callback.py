@@ -122,7 +122,7 @@ class GhostDotProdCallback(TrainerCallback):
             )
         if args.deepspeed:
             raise ValueError(
-                "GhostDotProdCallback needs whole parameters and DeepSpeed partitions them; train without deepspeed=..."
+                "GhostDotProdCallback needs whole parameters and DeepSpeed partitions them; train without deepspeed="
             )
         with self._closing_on_error():
             self._begin(args, state, model, kwargs["optimizer"], dataloader)

@@ -54,7 +54,7 @@ class StepScores:
         layer_dots: `[L, K, M]`, the same by layer.
         sq_norms: `[M]`, ‖g_i‖², or None.
         token_dots: per micro-batch `[K, rows, S]`, or empty.
-        target_norms: `[K]`, ‖G_k‖.
+        target_norms: `[K]`, ‖G_k‖, or None; with the squared norms.
         residual: share of the values that the self-check could not account for; rounding when all is covered.
     """
 
@@ -62,7 +62,7 @@ class StepScores:
     layer_dots: Tensor
     sq_norms: Tensor | None
     token_dots: list[Tensor]
-    target_norms: Tensor
+    target_norms: Tensor | None
     residual: float
 
 
@@ -178,6 +178,8 @@ class GhostDotProd:
             ValueError: no batch, or none of their labels counts.
         """
         sets = _as_sets(batches)
+        self._scorer.targets = {}  # let go before the new ones are made
+        self.check.start({})
         counted = [self._counted(chunks) for chunks in sets.values()]
         totals = [total_targets(chunks, self.parameters[0].device) for chunks in counted]
         if separately:
@@ -251,16 +253,13 @@ class GhostDotProd:
         residual = self.check.residual(raw)
         share = 1 / (self.loss_scale() * world_size())
         norms = [m.sq_norms for m in microbatches if m.sq_norms is not None]
-        target_sq = sum(
-            torch.stack([linear.flat_dot(t, t) for t in target]) for target in self._scorer.targets.values()
-        )
         layer_dots = (raw * share).cpu()
         scores = StepScores(
             dots=layer_dots.sum(0),
             layer_dots=layer_dots,
             sq_norms=torch.cat(norms).double().cpu() * share**2 if norms else None,
             token_dots=[m.token_dots.double().cpu() * share for m in microbatches if m.token_dots is not None],
-            target_norms=target_sq.sqrt().cpu(),
+            target_norms=self._target_norms() if self.grad_norms else None,
             residual=residual,
         )
         self._finished = True
@@ -287,10 +286,12 @@ class GhostDotProd:
     def rescored(self, scores: StepScores, targets: Sequence[Mapping[nn.Parameter, Tensor]]) -> StepScores:
         """The same samples' figures against other targets."""
         layer_dots = torch.stack([self.rescore(target) for target in targets], dim=1)
-        norms = [sum(linear.flat_dot(t, t) for t in target.values()) for target in targets]
-        return replace(
-            scores, layer_dots=layer_dots, dots=layer_dots.sum(0), target_norms=torch.stack(norms).sqrt().cpu()
-        )
+        norms = torch.stack([torch.stack([linear.flat_dot(t, t) for t in x.values()]).sum() for x in targets])
+        return replace(scores, layer_dots=layer_dots, dots=layer_dots.sum(0), target_norms=norms.sqrt().cpu())
+
+    def _target_norms(self) -> Tensor:
+        per_target = [torch.stack([linear.flat_dot(t, t) for t in ts]) for ts in self._scorer.targets.values()]
+        return torch.stack(per_target).sum(0).sqrt().cpu()
 
     def target(self, parameter: nn.Parameter) -> Tensor:
         """What the parameter's gradient is scored against, `[K, *shape]`."""

@@ -150,6 +150,7 @@ def build_rows(
             columns[f"layer_dot_products{suffix}"] = (layer_dots[k] * factor).T.astype(np.float32)
         if config.grad_norms:
             assert scores.sq_norms is not None
+            assert scores.target_norms is not None
             sizes = scores.sq_norms.sqrt().numpy() * scores.target_norms[k].item()
             with np.errstate(invalid="ignore", divide="ignore"):
                 columns[f"cosine{suffix}"] = (dots[k] / sizes).astype(np.float32)
@@ -241,8 +242,8 @@ def _without_nonfinite(
         return columns, 0
     bad_ids = [columns["sample_id"][i] for i in np.flatnonzero(~good)]
     shown = ", ".join(map(repr, bad_ids[:10])) + (" …" if len(bad_ids) > 10 else "")
-    if not torch.isfinite(scores.target_norms).all():
-        cause = "the validation gradient is not finite"
+    if not good.any():
+        cause = "no sample has a finite value: the validation gradient or the weights are NaN or infinite"
     else:
         cause = f"the gradients of samples {shown} are not finite (NaN or infinite loss)"
     message = f"step {step}: {cause}"

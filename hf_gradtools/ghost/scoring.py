@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -153,7 +154,9 @@ class LayerScorer:
         a = activations.reshape(samples, -1, activations.shape[-1])
         g = output_grads.reshape(samples, -1, output_grads.shape[-1])
         wants_norms = self.grad_norms and not self._is_shared(layer, microbatch)
-        weight_grad, dots, sq_norms = linear.takeover(a, g, rule.oriented(targets["weight"]), wants_norms)
+        # In the weight's own layout, so that autograd takes the result as it is: Conv1D's weight is [I, O].
+        pair = (g, a) if rule.transposed else (a, g)
+        weight_grad, dots, sq_norms = linear.takeover(*pair, targets["weight"], wants_norms)
         for term in [dots, *rule.bias_dots(output_grads, targets)]:
             self._add(microbatch, layer, term)
         if sq_norms is not None:
@@ -214,7 +217,7 @@ class LayerScorer:
     # ---- which way
 
     def _cheapest(self, layer: Layer, activations: Tensor) -> str:
-        self._shapes[layer] = rows, tokens = activations.shape[0], activations[0, ..., 0].numel()
+        self._shapes[layer] = rows, tokens = activations.shape[0], math.prod(activations.shape[1:-1])
         others = self._recorded.get(layer)
         held = sum(len(a) for chunks in others for a, _ in chunks) if others else None
         outputs, inputs = _oriented_shape(layer)

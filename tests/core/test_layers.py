@@ -149,6 +149,7 @@ def test_takeover_equals_the_explicit_gradients_for_any_tile(samples, tokens, in
     explicit = torch.einsum("nso,nsi->noi", g, a)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "TILE_BYTES", tile * 8)
+        patch.setattr(linear, "_SMALL_BYTES", tile)
         weight, dots, norms = linear.takeover(a, g, G, with_sq_norms=True)
     torch.testing.assert_close(weight, explicit.sum(0))
     torch.testing.assert_close(dots, torch.einsum("noi,koi->kn", explicit, G))
