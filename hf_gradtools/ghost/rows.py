@@ -89,7 +89,7 @@ def sample_losses(
     if log_probs is not None:
         losses = torch.nn.functional.pad(-log_probs.detach().double(), (0, labels.shape[1] - log_probs.shape[1]))
     else:
-        rows = [  # row by row, so that only one row of logits is ever held in float32
+        rows = [  # in pieces, so that few logits are held in float32 at a time
             cross_entropy(row.float(), target.clamp_min(0), reduction="none")
             for row, target in zip(
                 logits.detach().flatten(0, -2).split(1024), labels.flatten().split(1024), strict=True
