@@ -46,7 +46,7 @@ def flat_dot(x: Tensor, y: Tensor) -> Tensor:
     BLAS adds up a million same-signed float32 terms to three digits or so; PyTorch's own sums are pairwise.
     """
     dtype = accumulation_dtype(x.dtype)
-    x, y = x.reshape(-1), y.reshape(-1)
+    x, y = x.detach().reshape(-1), y.detach().reshape(-1)
     chunk = TILE_BYTES // dtype.itemsize
     scratch = x.new_empty(min(chunk, x.numel()), dtype=dtype)
     parts = [

@@ -178,6 +178,7 @@ class GhostDotProd:
             ValueError: no batch, or none of their labels counts.
         """
         sets = _as_sets(batches)
+        self.release()
         self._scorer.targets = {}  # let go before the new ones are made
         self.check.start({})
         counted = [self._counted(chunks) for chunks in sets.values()]

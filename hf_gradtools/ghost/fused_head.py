@@ -76,7 +76,8 @@ def install_fused_tap(model: nn.Module, layer: Layer, observer: Observer) -> Hoo
     verified: list[bool] = []
 
     def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
-        last[:] = [output.last_hidden_state] if observer.rows() is not None else []
+        hidden = getattr(output, "last_hidden_state", None)  # a model without a separate backbone has none
+        last[:] = [] if hidden is None or observer.rows() is None else [hidden]
 
     def tap_log_probs(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)
