@@ -1,10 +1,13 @@
-"""Per-sample gradient information during ordinary Hugging Face training.
+"""Gradients as first-class objects of the Hugging Face stack.
 
-Public names load on first use: `import hf_gradtools` itself imports neither torch nor transformers.
+Public names load on first use: `import hf_gradtools` itself imports neither torch nor transformers. It
+makes GRIT known to PEFT, as soon as PEFT is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_gradtools._registration import install
 
 
 __version__ = "0.1.0.dev0"
@@ -13,6 +16,12 @@ _LAZY = {
     "GhostDotProd": "hf_gradtools.ghost",
     "GhostDotProdCallback": "hf_gradtools.ghost",
     "GhostDotProdConfig": "hf_gradtools.ghost",
+    "GritCallback": "hf_gradtools.grit",
+    "GritConfig": "hf_gradtools.grit",
+    "GritController": "hf_gradtools.grit",
+    "GritModel": "hf_gradtools.grit",
+    "GritTrainer": "hf_gradtools.grit",
+    "export_lora": "hf_gradtools.grit",
     "ghost_values": "hf_gradtools.ghost",
     "load_ghost_dataset": "hf_gradtools.ghost",
 }
@@ -21,7 +30,13 @@ __all__ = [
     "GhostDotProd",
     "GhostDotProdCallback",
     "GhostDotProdConfig",
+    "GritCallback",
+    "GritConfig",
+    "GritController",
+    "GritModel",
+    "GritTrainer",
     "__version__",
+    "export_lora",
     "ghost_values",
     "load_ghost_dataset",
 ]
@@ -34,6 +49,7 @@ if TYPE_CHECKING:
         ghost_values,
         load_ghost_dataset,
     )
+    from hf_gradtools.grit import GritCallback, GritConfig, GritController, GritModel, GritTrainer, export_lora
 
 
 def __getattr__(name: str) -> object:
@@ -46,3 +62,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+install()

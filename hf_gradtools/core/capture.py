@@ -107,7 +107,7 @@ class LayerCapture:
         return hook
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """Identity on the first `num_outputs` tensors; backward shows their gradients and the saved rest to `deliver`."""
 
     @staticmethod
@@ -154,7 +154,7 @@ def tap(observer: Observer, layer: Layer, args: tuple[Any, ...], kwargs: dict[st
         observer.observe(layer, LayerCall(call_args, call_kwargs, grads, held, rng_state, autocast))
 
     kept = [inputs[i] for i in saved] + [p.detach() for p in parameters.values()]
-    results = _Tap.apply(deliver, len(tapped), *[outputs[i] for i in tapped], *kept)
+    results = Tap.apply(deliver, len(tapped), *[outputs[i] for i in tapped], *kept)
     for i, result in zip(tapped, results, strict=True):
         outputs[i] = result
     return tree_unflatten(outputs, output_spec)
