@@ -54,7 +54,7 @@ def damped_inverse(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         the inverses `[..., R, R]` in float64, and the damping that each of them took, `[...]`.
 
     Raises:
-        ValueError: a matrix stays indefinite at 300 times the damping, or is not finite.
+        torch.linalg.LinAlgError: a matrix stays indefinite at 300 times the damping, or is not finite.
     """
     flat = factor.reshape(-1, *factor.shape[-2:])
     inverse = torch.empty_like(flat, dtype=torch.float64)
@@ -68,7 +68,7 @@ def damped_inverse(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         left = left[~good]
         if not len(left):
             return inverse.view(factor.shape), taken.view(factor.shape[:-2])
-    raise ValueError(
+    raise torch.linalg.LinAlgError(
         f"{len(left)} of {len(flat)} factors are not positive definite at damping {damping * times:g}; "
         "raise kfac_damping, or look for non-finite activations"
     )

@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .. import __version__
 from ..core import distributed
+from ..core.quantized import keep_quantized_gradients
 from ..core.samples import SampleLayout
 from ..core.store import RowStore
 from .config import GhostDotProdConfig
@@ -22,7 +23,6 @@ from .identity import run_identity
 from .layout import infer_layout
 from .loading import load_ghost_dataset
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
-from .quantized import keep_quantized_gradients
 from .results import GhostValues, ghost_values
 from .rows import MicroBatchRecord, build_rows, sample_losses, target_counts
 from .sample_ids import BatchIds, install_ids

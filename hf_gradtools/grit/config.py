@@ -199,7 +199,9 @@ def _check_choices(config: GritConfig) -> None:
     }
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise ValueError(f"{name}={getattr(config, name)!r} is unknown. Pass one of {', '.join(map(repr, known))}.")
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is unknown. Pass one of {', '.join(map(repr, known))}."
+            )
 
 
 def _check_ranges(config: GritConfig) -> None:
@@ -222,11 +224,15 @@ def _check_ranges(config: GritConfig) -> None:
 
 
 def _check_ranks(config: GritConfig) -> None:
+    if config.lambda_reproj and config.reprojection is None:
+        raise ValueError(
+            f"lambda_reproj={config.lambda_reproj} needs a reprojection, such as reprojection='balanced'."
+        )
     if config.r < 1:
         raise ValueError(f"r={config.r} must be at least 1, such as 16.")
     if config.reprojection is None:
         return
-    if not 1 <= config.min_lora_rank:
+    if not config.min_lora_rank >= 1:
         raise ValueError(f"min_lora_rank={config.min_lora_rank} must be at least 1.")
     if config.min_lora_rank > config.r and config.enable_rank_adaptation:
         raise ValueError(

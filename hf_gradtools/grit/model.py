@@ -36,7 +36,10 @@ class GritModel(LoraModel):
         return steered_layers(self, adapter_name)
 
     def resize(
-        self, layer: SteeredLayer, A: Tensor, B: Tensor  # noqa: N803 - the paper's letters
+        self,
+        layer: SteeredLayer,
+        A: Tensor,
+        B: Tensor,  # noqa: N803 - the paper's letters
     ) -> tuple[Parameter, Parameter]:
         """Replaces the matrices of a layer by `A [K, I]` and `B [O, K]`, and records their rank in the config.
 

@@ -33,6 +33,4 @@ def register(name: str, config_class: Any, model_class: Any) -> None:
     from peft.utils import register_peft_method
 
     if add_peft_type(PeftType, name.upper()) not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(
-            name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix
-        )
+        register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)

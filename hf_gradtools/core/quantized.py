@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -14,11 +15,10 @@ def keep_quantized_gradients(model: nn.Module) -> Callable[[], None]:
     Since bitsandbytes 0.49 an eval-mode forward on a CPU with AVX512-BF16 repacks the weights for a kernel without
     backward, and `.train()` does not unpack them: adapter gradients are then wrong by more than half, with no error.
     """
-    if "bitsandbytes" not in sys.modules:
+    bitsandbytes = sys.modules.get("bitsandbytes")  # a model that has its layers has imported it
+    if bitsandbytes is None:
         return lambda: None
-    import bitsandbytes
-
-    layers = [
+    layers: list[Any] = [
         module
         for module in model.modules()
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.support_avx512bf16_for_cpu

@@ -1,0 +1,126 @@
+"""Turns the gradients of all A and B before the optimizer's step, and the steps back after it.
+
+Matrices of equal shape are worked on together. Shape letters: M matrices of a group, R rank, D the other dimension.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_gradtools.core.curvature import graft
+
+
+@dataclass
+class Turn:
+    """What is done to one parameter's gradient: `matrix @ grad` for an A `[R, D]`, `grad @ matrix` for a B `[D, R]`.
+
+    Attributes:
+        parameter: the A or B.
+        matrix: `[R, R]`: an inverse factor, or the eigenvectors in the columns.
+        is_up: whether it is a B.
+    """
+
+    parameter: Parameter
+    matrix: Tensor
+    is_up: bool
+
+
+@dataclass
+class _Group:
+    parameters: list[Parameter]
+    matrices: Tensor  # [M, R, R], in the dtype it is multiplied in
+    is_up: bool
+    before: list[Tensor] = field(default_factory=list)  # parameters before the step, while one is being taken
+    turned: list[Tensor] = field(default_factory=list)  # the same as the optimizer saw them
+
+
+class Preconditioner:
+    """Applies :class:`Turn`s.
+
+    Args:
+        turns: at most one for each parameter.
+        rotate: the matrices are orthogonal and the optimizer is to work in their coordinates (rank-SOAP); else the
+            gradient is multiplied and that is all.
+        keep_norm: give each gradient its norm back (grafting); a rotation keeps it anyway.
+    """
+
+    def __init__(self, turns: Sequence[Turn], rotate: bool, keep_norm: bool):
+        self.rotate, self.keep_norm = rotate, keep_norm
+        grouped: dict[tuple[object, ...], list[Turn]] = defaultdict(list)
+        for turn in turns:
+            grouped[turn.parameter.shape, turn.is_up, turn.parameter.dtype, turn.parameter.device].append(turn)
+        self._groups = [
+            _Group(
+                [turn.parameter for turn in members],
+                torch.stack([turn.matrix for turn in members]).to(parameter.device, _working_dtype(parameter)),
+                members[0].is_up,
+            )
+            for members in grouped.values()
+            for parameter in [members[0].parameter]
+        ]
+
+    @torch.no_grad()
+    def turn_gradients(self) -> None:
+        """Replaces every gradient."""
+        for group in self._groups:
+            grads, matrices = _live(group)
+            if not grads:
+                continue
+            stacked = torch.stack(grads).to(matrices.dtype)
+            turned = _multiply(stacked, matrices.mT if self.rotate and not group.is_up else matrices, group.is_up)
+            if self.keep_norm and not self.rotate:
+                turned = graft(turned, stacked)
+            torch._foreach_copy_(grads, list(turned.unbind()))
+
+    @torch.no_grad()
+    def turn_parameters(self, with_values: bool) -> None:
+        """For a rotation, just before the step: lets the optimizer see the parameters in its own coordinates.
+
+        Args:
+            with_values: the step depends on the parameters' values (weight decay). If not they are left as they are,
+                and only the step is turned back.
+        """
+        for group in self._groups:
+            group.before = [p.detach().clone() for p in group.parameters]
+            group.turned = group.before
+            if with_values:
+                matrices = group.matrices if group.is_up else group.matrices.mT
+                group.turned = list(
+                    _multiply(torch.stack(group.before).to(group.matrices.dtype), matrices, group.is_up).unbind()
+                )
+                group.turned = [t.to(p.dtype) for t, p in zip(group.turned, group.parameters, strict=True)]
+                torch._foreach_copy_(group.parameters, group.turned)
+
+    @torch.no_grad()
+    def turn_steps_back(self) -> None:
+        """After the step: the parameters of before, plus what the optimizer did to them in its own coordinates.
+
+        Only the step goes through a rotation, so parameters in half precision do not collect its rounding.
+        """
+        for group in self._groups:
+            steps = torch.stack(torch._foreach_sub(group.parameters, group.turned)).to(group.matrices.dtype)
+            back = _multiply(steps, group.matrices.mT if group.is_up else group.matrices, group.is_up)
+            new = torch.stack(group.before).to(group.matrices.dtype) + back
+            torch._foreach_copy_(group.parameters, list(new.to(group.parameters[0].dtype).unbind()))
+            group.before, group.turned = [], []
+
+
+def _live(group: _Group) -> tuple[list[Tensor], Tensor]:
+    """The gradients that exist, and their matrices; a layer that took no part in the step has none."""
+    live = [i for i, p in enumerate(group.parameters) if p.grad is not None]
+    grads = [group.parameters[i].grad for i in live]
+    return grads, group.matrices if len(live) == len(group.parameters) else group.matrices[live]  # type: ignore[return-value]
+
+
+def _multiply(values: Tensor, matrices: Tensor, is_up: bool) -> Tensor:
+    return torch.bmm(values, matrices) if is_up else torch.bmm(matrices, values)
+
+
+def _working_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
