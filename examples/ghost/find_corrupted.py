@@ -23,9 +23,9 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from hf_gradtools import GhostDotProdCallback
 from hf_gradtools.core.store import read_manifest
 from hf_gradtools.demo import demo_model_path
-from hf_gradtools.ghost.causal_lm import add_lora, load_model, load_tokenizer, make_collator
-from hf_gradtools.ghost.data import load_rows
 from hf_gradtools.ghost.report import write_report
+from hf_gradtools.workflow.causal_lm import add_lora, load_model, load_tokenizer, make_collator
+from hf_gradtools.workflow.data import load_rows
 
 
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset
 
 from hf_gradtools.core.store import MANIFEST, read_manifest
-from hf_gradtools.ghost.data import read_texts
 from hf_gradtools.ghost.loading import load_ghost_dataset
 from hf_gradtools.ghost.report import write_report
 from hf_gradtools.ghost.results import GhostValues, ghost_values, validation_set_names
+from hf_gradtools.workflow.data import read_texts
 
 
 __all__ = ["StoredRun"]

@@ -30,12 +30,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_gradtools.core.store import write_json_atomically
 from hf_gradtools.ghost.callback import GhostDotProdCallback
-from hf_gradtools.ghost.causal_lm import add_lora, load_model, load_tokenizer, make_collator
 from hf_gradtools.ghost.config import GhostDotProdConfig
-from hf_gradtools.ghost.data import SAMPLE_ID, hold_out, load_rows, number_rows, write_texts
 from hf_gradtools.ghost.stored_run import ROWS, TEXTS, StoredRun
-from hf_gradtools.ghost.tokenizing import RowFormat, tokenize_rows
 from hf_gradtools.ghost.train_config import GhostTrainConfig
+from hf_gradtools.workflow.causal_lm import add_lora, load_model, load_tokenizer, make_collator
+from hf_gradtools.workflow.data import SAMPLE_ID, hold_out, load_rows, number_rows, write_texts
+from hf_gradtools.workflow.tokenizing import RowFormat, tokenize_rows
 
 
 __all__ = ["GhostRun", "prepare_run"]

@@ -94,8 +94,8 @@ def _apply(controller: GritController, layer: SteeredLayer, left: Tensor, right:
 
 
 def _at_scale_of(A: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
-    """Scales the new coordinates so that the rows of `left @ A` are as long as those of A on average: the learning rate
-    means what it did."""
+    """Scales the new coordinates so that the rows of `left @ A` are as long as those of A on average: the
+    learning rate means what it did."""
     wanted = A.square().sum(1).mean().sqrt()
     scale = wanted / (left @ A).norm(dim=1).clamp_min(1e-12 * wanted + 1e-300)
     return scale[:, None] * left, right / scale

@@ -38,8 +38,8 @@ def rank_report(controller: GritController) -> dict[str, Any]:
     """Ranks, spectra and parameters of every layer, as they are written when training ends.
 
     Returns:
-        `layers`: by name `rank`, `base_rank`, `parameters`; `k_a` and `k_b`, the least ranks that hold the threshold of
-        the spectra of Σ_a and Σ_g; effective ranks, top eigenvalues, and the `balanced` spectrum; then `parameters`,
+        `layers`: by name `rank`, `base_rank`, `parameters`; `k_a` and `k_b`, the least ranks that hold the threshold
+        of the spectra of Σ_a and Σ_g; effective ranks, top eigenvalues, and the `balanced` spectrum; then `parameters`,
         `base_parameters`, `reduction` of all.
     """
     report = controller.tuner.rank_report(controller.adapter)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hf_gradtools import load_ghost_dataset
 from hf_gradtools.cli import app
-from hf_gradtools.ghost.data import hold_out, load_rows, number_rows
-from hf_gradtools.ghost.tokenizing import RowFormat, tokenize_rows
+from hf_gradtools.workflow.data import hold_out, load_rows, number_rows
+from hf_gradtools.workflow.tokenizing import RowFormat, tokenize_rows
 
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

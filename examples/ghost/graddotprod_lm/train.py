@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from hf_gradtools import GhostDotProdCallback
-from hf_gradtools.ghost.data import load_rows, write_texts
 from hf_gradtools.ghost.stored_run import ROWS, TEXTS, StoredRun
-from hf_gradtools.ghost.tokenizing import RowFormat
+from hf_gradtools.workflow.data import load_rows, write_texts
+from hf_gradtools.workflow.tokenizing import RowFormat
 
 
 ARCHITECTURES = {  # layers, width, heads

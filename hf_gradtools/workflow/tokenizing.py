@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, List, Value
 
-from hf_gradtools.ghost.data import SAMPLE_ID
+from hf_gradtools.workflow.data import SAMPLE_ID
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What every training workflow needs before it starts: rows, token ids, a model and its tokenizer."""
