@@ -218,8 +218,8 @@ def _check_ranges(config: GritConfig) -> None:
         raise ValueError(f"ema_decay={config.ema_decay} must be in [0, 1); 0.95 remembers about 20 updates.")
     if not 0 < config.rank_adaptation_threshold <= 1:
         raise ValueError(
-            f"rank_adaptation_threshold={config.rank_adaptation_threshold} must be in (0, 1]: the share of the spectrum "
-            "that a cut keeps, such as 0.99."
+            f"rank_adaptation_threshold={config.rank_adaptation_threshold} must be in (0, 1]: the share of the "
+            "spectrum that a cut keeps, such as 0.99."
         )
 
 
@@ -236,14 +236,14 @@ def _check_ranks(config: GritConfig) -> None:
         raise ValueError(f"min_lora_rank={config.min_lora_rank} must be at least 1.")
     if config.min_lora_rank > config.r and config.enable_rank_adaptation:
         raise ValueError(
-            f"min_lora_rank={config.min_lora_rank} is above r={config.r}, so no module could be cut. Lower it, raise r, "
-            "or set enable_rank_adaptation=False."
+            f"min_lora_rank={config.min_lora_rank} is above r={config.r}, so no module could be cut. Lower it, "
+            "raise r, or set enable_rank_adaptation=False."
         )
     if config.reprojection_k < 1:
         raise ValueError(f"reprojection_k={config.reprojection_k} must be at least 1.")
     init = str(config.init_lora_weights).lower()
     if init.startswith(BASE_CHANGING_INITS):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} rewrites the base weights at the rank it is loaded with, so "
-            "an adapter whose rank has changed could not be loaded again. Set reprojection=None."
+            f"init_lora_weights={config.init_lora_weights!r} rewrites the base weights at the rank it is loaded with, "
+            "so an adapter whose rank has changed could not be loaded again. Set reprojection=None."
         )

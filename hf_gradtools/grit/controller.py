@@ -11,8 +11,8 @@ with GritController(model, optimizer) as controller:
 ```
 
 Everything hangs on hooks: one on the model's forward (its attention mask), one on each layer's `lora_A` (its output
-and the gradient arriving there), and two around the optimizer's step. So any trainer has it, and `state_dict`, type and
-options of the optimizer stay as they are.
+and the gradient arriving there), and two around the optimizer's step. So any trainer has it, and `state_dict`,
+type and options of the optimizer stay as they are.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def rank_report(controller: GritController) -> dict[str, Any]:
 
     Returns:
         `layers`: by name `rank`, `base_rank`, `parameters`; `k_a` and `k_b`, the least ranks that hold the threshold
-        of the spectra of Σ_a and Σ_g; effective ranks, top eigenvalues, and the `balanced` spectrum; then `parameters`,
-        `base_parameters`, `reduction` of all.
+        of the spectra of Σ_a and Σ_g; effective ranks, top eigenvalues, and the `balanced` spectrum; then
+        `parameters`, `base_parameters`, `reduction` of all.
     """
     report = controller.tuner.rank_report(controller.adapter)
     for name, factors in _factors(controller).items():
