@@ -39,7 +39,7 @@ def damped(factor: Tensor, damping: float) -> Tensor:
     factor = _symmetric(factor)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     mean = mean_eigenvalue(factor)
-    scaled = torch.where(mean > 0, factor / mean.clamp_min(torch.finfo(factor.dtype).tiny), identity)
+    scaled = torch.where(mean == 0, identity, factor / mean)
     return scaled + damping * identity
 
 
@@ -90,7 +90,7 @@ def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(factor)
     vectors = vectors.flip(-1)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    vectors = torch.where(mean_eigenvalue(factor) > 0, vectors, identity)
+    vectors = torch.where(mean_eigenvalue(factor) == 0, identity, vectors)
     return values.flip(-1).clamp_min(0), vectors
 
 
