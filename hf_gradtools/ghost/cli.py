@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_gradtools.ghost.train_config import GhostTrainConfig
+from hf_gradtools.workflow import terminal
+from hf_gradtools.workflow.terminal import one_line_errors, option, quiet, resumable
 
 
 if TYPE_CHECKING:
@@ -28,92 +26,81 @@ LISTED = 5  # samples of each kind
 Default = GhostTrainConfig
 
 
-def _option(help: str, panel: str, *flags: str, **more: Any) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
-
-
 @app.command(no_args_is_help=True)
 def train(
     context: typer.Context,
-    model: Annotated[str, _option("Causal LM: Hub id or folder.", "Data")],
-    dataset: Annotated[
-        str, _option("Training rows: Hub id (or id:config), .jsonl .json .csv .parquet .txt, saved folder.", "Data")
-    ],
-    output_dir: Annotated[str, _option("Folder of everything the run writes.", "Data")],
-    split: Annotated[str | None, _option("Split of the dataset, such as train or train\\[:1000].", "Data")] = None,
+    model: terminal.Model,
+    dataset: terminal.Rows,
+    output_dir: terminal.OutputDir,
+    split: terminal.Split = None,
     val: Annotated[
         list[str],
-        _option(
+        option(
             "Validation rows: like --dataset, or how many training rows to hold out, or their share. "
             "Several sets: --val name=rows, repeated.",
             "Data",
         ),
     ] = [Default.val],  # noqa: B006 - typer copies it
-    val_split: Annotated[str | None, _option("Split of a validation dataset.", "Data")] = None,
-    text_column: Annotated[str | None, _option("Column to train on; default by the usual names.", "Data")] = None,
-    prompt_column: Annotated[str | None, _option("Prompt column; several: a,b.", "Data")] = None,
-    response_column: Annotated[str | None, _option("Response column, all that the loss counts.", "Data")] = None,
-    max_length: Annotated[int, _option("Tokens kept of each row.", "Data")] = Default.max_length,
+    val_split: terminal.ValSplit = None,
+    text_column: terminal.TextColumn = None,
+    prompt_column: terminal.PromptColumn = None,
+    response_column: terminal.ResponseColumn = None,
+    max_length: terminal.MaxLength = Default.max_length,
     lora: Annotated[
-        bool, _option("Train adapters on all linear layers, or all weights.", "Training", "--lora/--full")
+        bool, option("Train adapters on all linear layers, or all weights.", "Training", "--lora/--full")
     ] = Default.lora,
-    lora_rank: Annotated[int, _option("Rank of the adapters.", "Training")] = Default.lora_rank,
-    epochs: Annotated[float, _option("Passes over the training rows.", "Training")] = Default.epochs,
-    max_steps: Annotated[int, _option("Optimizer steps, instead of --epochs.", "Training")] = Default.max_steps,
-    batch_size: Annotated[int, _option("Rows in one forward.", "Training")] = Default.batch_size,
-    gradient_accumulation_steps: Annotated[
-        int, _option("Forwards in one step.", "Training")
-    ] = Default.gradient_accumulation_steps,
+    lora_rank: Annotated[int, option("Rank of the adapters.", "Training")] = Default.lora_rank,
+    epochs: terminal.Epochs = Default.epochs,
+    max_steps: terminal.MaxSteps = Default.max_steps,
+    batch_size: terminal.BatchSize = Default.batch_size,
+    gradient_accumulation_steps: terminal.AccumulationSteps = Default.gradient_accumulation_steps,
     learning_rate: Annotated[
-        float | None, _option("Peak learning rate; default 2e-4 for --lora, 2e-5 for --full.", "Training")
+        float | None, option("Peak learning rate; default 2e-4 for --lora, 2e-5 for --full.", "Training")
     ] = None,
-    seed: Annotated[int, _option("Of adapters, data order and rows held out.", "Training")] = Default.seed,
+    seed: terminal.Seed = Default.seed,
     dtype: Annotated[
         str | None,
-        _option("Type of the weights; default the checkpoint's for --lora, float32 for --full.", "Training"),
+        option("Type of the weights; default the checkpoint's for --lora, float32 for --full.", "Training"),
     ] = None,
-    bf16: Annotated[bool, _option("Compute in bfloat16.", "Training", "--bf16")] = Default.bf16,
-    save_steps: Annotated[int, _option("Steps between checkpoints.", "Training")] = Default.save_steps,
-    report_to: Annotated[str, _option("Where to log, such as tensorboard.", "Training")] = Default.report_to,
-    resume: Annotated[bool, _option("Continue the run in --output-dir.", "Training", "--resume")] = Default.resume,
+    bf16: terminal.Bf16 = Default.bf16,
+    save_steps: terminal.SaveSteps = Default.save_steps,
+    report_to: terminal.ReportTo = Default.report_to,
+    resume: terminal.Resume = Default.resume,
     val_batch_size: Annotated[
-        int, _option("Validation rows behind the score of a step.", "Scoring")
+        int, option("Validation rows behind the score of a step.", "Scoring")
     ] = Default.val_batch_size,
-    every_steps: Annotated[int, _option("Score every so many steps.", "Scoring")] = Default.every_steps,
+    every_steps: Annotated[int, option("Score every so many steps.", "Scoring")] = Default.every_steps,
     layers: Annotated[
-        list[str] | None, _option("Layers to score: all-linear, or a regex of names; repeatable.", "Scoring")
+        list[str] | None, option("Layers to score: all-linear, or a regex of names; repeatable.", "Scoring")
     ] = None,
-    method: Annotated[str, _option("auto, takeover, gram or contraction.", "Scoring")] = Default.method,
+    method: Annotated[str, option("auto, takeover, gram or contraction.", "Scoring")] = Default.method,
     optimizer_aware: Annotated[
-        bool, _option("Score what the optimizer makes of the gradient.", "Scoring", "--optimizer-aware")
+        bool, option("Score what the optimizer makes of the gradient.", "Scoring", "--optimizer-aware")
     ] = Default.optimizer_aware,
     second_order: Annotated[
-        bool, _option("Add the curvature term of In-Run Data Shapley.", "Scoring", "--second-order")
+        bool, option("Add the curvature term of In-Run Data Shapley.", "Scoring", "--second-order")
     ] = Default.second_order,
-    per_layer: Annotated[bool, _option("Keep scores by layer.", "Scoring", "--per-layer")] = Default.per_layer,
+    per_layer: Annotated[bool, option("Keep scores by layer.", "Scoring", "--per-layer")] = Default.per_layer,
     grad_norms: Annotated[
-        bool, _option("Keep gradient norms and cosines.", "Scoring", "--grad-norms")
+        bool, option("Keep gradient norms and cosines.", "Scoring", "--grad-norms")
     ] = Default.grad_norms,
     sample_losses: Annotated[
-        bool, _option("Keep the loss of each sample.", "Scoring", "--sample-losses")
+        bool, option("Keep the loss of each sample.", "Scoring", "--sample-losses")
     ] = Default.sample_losses,
 ) -> None:
     """Fine-tune a causal LM and score every training sample by its effect on a validation set.
 
     Writes the model, the scores, the samples' texts and report.html to OUTPUT_DIR.
     """
-    with _one_line_errors():
+    with one_line_errors(GhostTrainConfig):
         config = GhostTrainConfig(**{**context.params, "val": _named(val), "layers": layers or None})
-        _quiet()
+        quiet()
         from hf_gradtools.ghost.train import prepare_run
 
         run = prepare_run(config)
         typer.echo(run.summary())
-        try:
+        with resumable():
             stored = run.train()
-        except KeyboardInterrupt:
-            typer.secho("\nInterrupted. The same command with --resume continues it.", fg="red", err=True)
-            raise
         if run.trainer.is_world_process_zero():
             report_path = stored.write_report()
             _print_ranking(stored)
@@ -130,7 +117,7 @@ def report(
     val: Annotated[str | None, typer.Option(help="Only this validation set.", show_default=False)] = None,
 ) -> None:
     """Write the report of a run anew from its stored scores, also while it still trains."""
-    with _one_line_errors():
+    with one_line_errors(GhostTrainConfig):
         from hf_gradtools.ghost.stored_run import StoredRun
 
         stored = StoredRun.open(output_dir, val)
@@ -168,28 +155,3 @@ def _excerpt(sample_id: int | str, texts: dict[int | str, str]) -> str:
     line = f"{sample_id!s:>6}  {' '.join(texts.get(sample_id, '').split())}"
     width = max(shutil.get_terminal_size().columns - 13, 40)
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Says what is wrong in one line, in the words of the command line; a bug keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        options = "|".join(GhostTrainConfig.__dataclass_fields__)
-        message = re.sub(rf"\b({options})=(True\b)?", _as_flag, " ".join(str(error).split()))
-        typer.secho(f"Error: {message}", fg="red", err=True)
-        raise typer.Exit(1) from error
-
-
-def _as_flag(match: re.Match[str]) -> str:
-    return f"--{match[1].replace('_', '-')}" + ("" if match[2] else " ")
-
-
-def _quiet() -> None:
-    """Leaves the terminal to the progress bars and our own lines."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)

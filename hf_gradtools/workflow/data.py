@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from hf_gradtools.core.store import atomic_write
 
 
-__all__ = ["hold_out", "load_rows", "number_rows", "read_texts", "write_texts"]
+__all__ = ["format_rows", "hold_out", "load_rows", "number_rows", "read_texts", "write_texts"]
 
 SAMPLE_ID = "sample_id"
 KEPT_CHARACTERS = 10_000  # of each text in the file that reports read
@@ -82,6 +83,53 @@ def _has_text(row: Mapping[str, str]) -> bool:
 def number_rows(rows: Dataset) -> Dataset:
     """`rows` with a column `sample_id`, by which results name them: the row's number unless there is one already."""
     return rows if SAMPLE_ID in rows.column_names else rows.add_column(SAMPLE_ID, np.arange(len(rows)))
+
+
+def format_rows(rows: Dataset, format_row: Callable[[dict[str, Any]], Any], named: str = "dataset") -> Dataset:
+    """Prompts and completions that a function of your own makes of each row.
+
+    Args:
+        rows (`datasets.Dataset`): rows with a `sample_id`, see [`number_rows`].
+        format_row (`Callable`): takes a row, a `dict`; returns `{"prompt": str, "completion": str}`.
+        named (`str`, defaults to `"dataset"`): what errors call the rows.
+
+    Returns:
+        `datasets.Dataset`: `sample_id`, `prompt`, `completion`.
+
+    Raises:
+        ValueError: if `format_row` asks for a column that the rows do not have, or returns something else.
+    """
+    columns = [name for name in rows.column_names if name != SAMPLE_ID]
+
+    def convert(row: Mapping[str, Any]) -> dict[str, str]:
+        made = format_row(_Row(row, named, columns))
+        if not (
+            isinstance(made, dict)
+            and made.keys() == {"prompt", "completion"}
+            and all(isinstance(text, str) for text in made.values())
+        ):
+            raise ValueError(
+                f"format_row made {str(made)[:80]} of a row of {named}. "
+                "Return {'prompt': ..., 'completion': ...}, both of them texts."
+            )
+        return made
+
+    texts = {"prompt": Value("string"), "completion": Value("string")}
+    features = Features({SAMPLE_ID: rows.features[SAMPLE_ID], **texts})
+    return rows.map(convert, remove_columns=columns, features=features, desc="Formatting")
+
+
+class _Row(dict[str, Any]):
+    """A row that says what it has when asked for something else."""
+
+    def __init__(self, row: Mapping[str, Any], named: str, columns: list[str]):
+        super().__init__(row)
+        self.named, self.columns = named, columns
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"{self.named} has no column {name!r}. It has {', '.join(self.columns)}. Pass a dataset that has it."
+        )
 
 
 def hold_out(rows: Dataset, size: float, seed: int = 0) -> tuple[Dataset, Dataset]:
