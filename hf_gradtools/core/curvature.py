@@ -14,6 +14,7 @@ many orders of magnitude.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def damped(factor: Tensor, damping: float) -> Tensor:
     factor = _symmetric(factor)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     mean = mean_eigenvalue(factor)
-    scaled = torch.where(mean == 0, identity, factor / mean)
+    scaled = torch.where(mean == 0, identity, factor / mean.abs())
     return scaled + damping * identity
 
 
@@ -76,7 +77,7 @@ def damped_inverse(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def inverse_power(factor: Tensor, damping: float, exponent: float) -> Tensor:
     """`damped(factor, damping)^-exponent`, `[..., R, R]` in float64."""
-    values, vectors = torch.linalg.eigh(damped(factor, damping))
+    values, vectors = _eigh(damped(factor, damping))
     powers = values.clamp_min(torch.finfo(values.dtype).tiny) ** -exponent
     return vectors * powers[..., None, :] @ vectors.mT
 
@@ -85,9 +86,12 @@ def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues `[..., R]`, largest first and not negative, and eigenvectors `[..., R, R]` in columns, in float64.
 
     A factor that is zero has every basis; it gets the identity, which leaves an optimizer working in it alone.
+
+    Raises:
+        torch.linalg.LinAlgError: a factor is not finite.
     """
     factor = _symmetric(factor)
-    values, vectors = torch.linalg.eigh(factor)
+    values, vectors = _eigh(factor)
     vectors = vectors.flip(-1)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     vectors = torch.where(mean_eigenvalue(factor) == 0, identity, vectors)
@@ -165,6 +169,28 @@ def rank_for_energy(spectrum: Tensor, threshold: float, least: int) -> Tensor:
     return ((cumulative < wanted).sum(-1) + 1).clamp(least, spectrum.shape[-1])
 
 
+def ranks_for_total_energy(spectra: Sequence[Tensor], sizes: Sequence[int], threshold: float, least: int) -> list[int]:
+    """Ranks of several layers that together hold `threshold` of the energy of all, for the fewest parameters.
+
+    Directions are taken where they hold most energy per parameter first. Balanced energies are costs in units of the
+    loss, so those of different layers compare; spectra of a single factor do not.
+
+    Args:
+        spectra: of each layer `[R]`, largest first.
+        sizes: parameters that a direction of each layer has.
+        threshold: in (0, 1].
+        least: no layer gets fewer, if it has as many.
+    """
+    energy = torch.cat([spectrum.double() for spectrum in spectra])
+    owner = torch.cat([torch.full((len(x),), i) for i, x in enumerate(spectra)])
+    place = torch.cat([torch.arange(len(x)) for x in spectra])
+    density = energy / torch.tensor(sizes, dtype=torch.float64)[owner]
+    density[place < least] = torch.inf  # taken in any case
+    order = density.argsort(descending=True, stable=True)
+    kept = int(rank_for_energy(energy[order], threshold, int((place < least).sum())))
+    return torch.bincount(owner[order[:kept]], minlength=len(spectra)).tolist()
+
+
 def effective_rank(spectrum: Tensor) -> Tensor:
     """`exp` of the entropy of the normalised spectrum (Roy & Vetterli 2007), `[...]` of `[..., R]`."""
     spectrum = spectrum.double().clamp_min(0)
@@ -189,3 +215,10 @@ def _root(factor: Tensor) -> Tensor:
     mean = values.mean(-1, keepdim=True)
     floored = torch.where(mean > 0, values.clamp_min(SPECTRUM_FLOOR * mean), 1.0)
     return vectors * floored.sqrt()[..., None, :]
+
+
+def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(factor)
+    if not values.isfinite().all():  # LAPACK answers NaN with NaN
+        raise torch.linalg.LinAlgError("a factor is not finite; look for non-finite activations or gradients")
+    return values, vectors

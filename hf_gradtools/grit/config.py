@@ -13,6 +13,7 @@ from hf_gradtools.grit.register import add_peft_type
 PRECONDITIONERS = ("rank_soap", "kfac", "grit", None)
 REPROJECTIONS = ("balanced", "two_sided", "one_sided", None)
 RANK_CHANGES = ("auto", "physical", "masked", "none")
+RANK_ALLOCATIONS = ("global", "layer")
 STATISTICS = ("ema", "mean")
 # These rewrite the base weights at the rank they are loaded with, so an adapter cut to another rank would not reload.
 BASE_CHANGING_INITS = ("pissa", "corda", "olora", "lora_ga", "loftq", "mica")
@@ -99,6 +100,10 @@ class GritConfig(LoraConfig):
             Cut each module to the least rank that holds `rank_adaptation_threshold` of its spectrum.
         rank_adaptation_threshold (`float`, defaults to 0.99):
             τ, in (0, 1].
+        rank_allocation (`str`, defaults to `"global"`):
+            Whose spectrum the threshold is of: `"global"` of all layers together, spending parameters where they hold
+            most; `"layer"` of each layer for itself, as in the paper. Only the spectra
+            of `reprojection="balanced"` compare between layers; the others go by layer.
         min_lora_rank (`int`, defaults to 4):
             No module is cut below it.
         rank_adaptation_start_step (`int`, defaults to 0):
@@ -142,6 +147,7 @@ class GritConfig(LoraConfig):
     reprojection_warmup_steps: int = field(default=0)
     enable_rank_adaptation: bool = field(default=True)
     rank_adaptation_threshold: float = field(default=0.99)
+    rank_allocation: str = field(default="global")
     min_lora_rank: int = field(default=4)
     rank_adaptation_start_step: int = field(default=0)
     rank_change: str = field(default="auto")
@@ -160,6 +166,8 @@ class GritConfig(LoraConfig):
             self.r = lora_rank
         if use_two_sided_reprojection is not None:
             self.reprojection = "two_sided" if use_two_sided_reprojection else "one_sided"
+        if self.reprojection != "balanced":
+            self.rank_allocation = "layer"  # spectra of a single factor do not compare between layers
         _check(self)
 
     @classmethod
@@ -195,6 +203,7 @@ def _check_choices(config: GritConfig) -> None:
         "preconditioner": PRECONDITIONERS,
         "reprojection": REPROJECTIONS,
         "rank_change": RANK_CHANGES,
+        "rank_allocation": RANK_ALLOCATIONS,
         "statistics": STATISTICS,
     }
     for name, known in choices.items():

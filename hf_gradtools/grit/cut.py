@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_gradtools.core.curvature import eigenbasis, energies, projectors, rank_for_energy, truncation
+from hf_gradtools.core.curvature import (
+    eigenbasis,
+    energies,
+    projectors,
+    rank_for_energy,
+    ranks_for_total_energy,
+    truncation,
+)
 from hf_gradtools.grit.moments import change_basis, replace_parameter
 
 
@@ -37,37 +44,68 @@ class Cut:
 
 
 def cut_layers(controller: GritController, rank: int | None) -> list[Cut]:
-    """Cuts every layer with enough samples; all layers of one rank are decomposed together."""
-    groups: dict[tuple[int, torch.device], list[tuple[SteeredLayer, Tensor]]] = {}
-    for layer, factors in controller.measured_layers():
-        live = controller.live_ranks[layer.name]
-        groups.setdefault((live, factors.device), []).append((layer, factors[:, :live, :live]))
-    cuts = [cut for members in groups.values() for cut in _cut_group(controller, members, rank)]
+    """Cuts every layer with enough samples; all layers of one rank are decomposed together.
+
+    Args:
+        controller: holds layers, statistics and optimizer.
+        rank: the rank that all layers get; None: as the config says.
+    """
+    method = controller.config.reprojection or "balanced"
+    groups = _by_rank(controller)
+    spectra = {
+        layer.name: spectrum
+        for members in groups
+        for (layer, _), spectrum in zip(members, energies(method, *_stack(members)).cpu(), strict=True)
+    }
+    ranks = _choose_ranks(controller, spectra) if rank is None else dict.fromkeys(spectra, rank)
+    cuts = [cut for members in groups for cut in _cut_group(controller, method, members, spectra, ranks)]
     if cuts:
         logger.info("step %d: %d of %d layers cut", controller.step, len(cuts), len(controller.layers))
     return cuts
 
 
-def _cut_group(
-    controller: GritController, members: list[tuple[SteeredLayer, Tensor]], wanted: int | None
-) -> list[Cut]:
-    config, method = controller.config, controller.config.reprojection or "balanced"
+def _by_rank(controller: GritController) -> list[list[tuple[SteeredLayer, Tensor]]]:
+    groups: dict[tuple[int, torch.device], list[tuple[SteeredLayer, Tensor]]] = {}
+    for layer, factors in controller.measured_layers():
+        live = controller.live_ranks[layer.name]
+        groups.setdefault((live, factors.device), []).append((layer, factors[:, :live, :live]))
+    return list(groups.values())
+
+
+def _stack(members: list[tuple[SteeredLayer, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Σ_a and Σ_g of all members, `[M, R, R]` each."""
     activation, gradient = torch.stack([factors for _, factors in members]).unbind(1)
-    spectra = energies(method, activation, gradient)
-    rank = spectra.shape[-1]
-    if wanted is None and config.enable_rank_adaptation and controller.step >= config.rank_adaptation_start_step:
-        ranks = rank_for_energy(spectra, config.rank_adaptation_threshold, min(config.min_lora_rank, rank)).tolist()
-    else:
-        ranks = [min(wanted or config.reprojection_k, rank)] * len(members)
-    cuts = []
-    for kept in sorted(set(ranks) - {rank}):
-        chosen = [i for i, k in enumerate(ranks) if k == kept]
-        make = projectors if controller.rank_change == "none" else truncation
-        lefts, rights = make(method, activation[chosen], gradient[chosen], kept)
-        for i, left, right in zip(chosen, lefts, rights, strict=True):
-            layer = members[i][0]
+    return activation, gradient
+
+
+def _choose_ranks(controller: GritController, spectra: dict[str, Tensor]) -> dict[str, int]:
+    config = controller.config
+    if not spectra or not config.enable_rank_adaptation or controller.step < config.rank_adaptation_start_step:
+        return dict.fromkeys(spectra, config.reprojection_k)
+    threshold, least = config.rank_adaptation_threshold, config.min_lora_rank
+    if config.rank_allocation == "global":
+        sizes = {layer.name: layer.A.shape[1] + layer.B.shape[0] for layer in controller.layers}
+        chosen = ranks_for_total_energy(list(spectra.values()), [sizes[name] for name in spectra], threshold, least)
+        return dict(zip(spectra, chosen, strict=True))
+    return {name: int(rank_for_energy(x, threshold, min(least, len(x)))) for name, x in spectra.items()}
+
+
+def _cut_group(
+    controller: GritController,
+    method: str,
+    members: list[tuple[SteeredLayer, Tensor]],
+    spectra: dict[str, Tensor],
+    ranks: dict[str, int],
+) -> list[Cut]:
+    cuts, rank = [], members[0][1].shape[-1]
+    make = projectors if controller.rank_change == "none" else truncation
+    for kept in sorted({ranks[layer.name] for layer, _ in members if ranks[layer.name] < rank}):
+        chosen = [(layer, factors) for layer, factors in members if ranks[layer.name] == kept]
+        transforms = make(method, *_stack(chosen), kept)
+        for (layer, _), left, right in zip(chosen, *transforms, strict=True):
             _apply(controller, layer, left, right, kept)
-            lost = float(spectra[i, kept:].sum() / spectra[i].sum().clamp_min(1e-300))
+            spectrum = spectra[layer.name]
+            lost = float(spectrum[kept:].sum() / spectrum.sum().clamp_min(1e-300))
             cuts.append(Cut(layer.name, rank, kept, lost))
     return cuts
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from hf_gradtools.core.curvature import (
     inverse_power,
     projectors,
     rank_for_energy,
+    ranks_for_total_energy,
     truncation,
 )
 
@@ -172,3 +175,22 @@ def test_graft_keeps_each_norm():
 def test_basis_of_what_is_not_finite_is_an_error():
     with pytest.raises(torch.linalg.LinAlgError):
         eigenbasis(torch.full((2, 2), torch.nan))
+
+
+def test_total_energy_is_held_for_the_fewest_parameters():
+    """Against trying all rank vectors, for layers whose directions cost alike."""
+    spectra = [torch.tensor([9.0, 1.0, 0.1]), torch.tensor([5.0, 4.0, 3.0]), torch.tensor([0.2, 0.1, 0.05])]
+    for threshold in (0.5, 0.8, 0.95, 0.999, 1.0):
+        ranks = ranks_for_total_energy(spectra, [10, 10, 10], threshold, 1)
+        held = sum(float(x[:k].sum()) for x, k in zip(spectra, ranks, strict=True))
+        total = sum(float(x.sum()) for x in spectra)
+        assert held >= threshold * total - 1e-6
+        for other in itertools.product([1, 2, 3], repeat=3):
+            if sum(other) < sum(ranks):
+                assert sum(float(x[:k].sum()) for x, k in zip(spectra, other, strict=True)) < threshold * total
+
+
+def test_wide_layers_pay_for_their_width():
+    spectra = [torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.5])]
+    assert ranks_for_total_energy(spectra, [1, 100], 0.8, 1) == [2, 1]
+    assert ranks_for_total_energy(spectra, [1, 100], 0.5, 2) == [2, 2]
