@@ -101,7 +101,7 @@ def test_kfac_is_the_damped_inverse_of_the_exact_fisher():
 
 
 def test_seed_pairing_is_the_inverse_where_both_factors_agree():
-    """With `B = Aᵀ`, and inputs and gradients of one distribution, Σ_a = Σ_g: then the swapped pairing is exact too."""
+    """With `B = Aᵀ`, and inputs and gradients of one distribution, Σ_a = Σ_g: the swapped pairing is exact too."""
     model, layer = one_layer(5, 5, preconditioner="grit", symmetric=True)
     values = white(9, 5, 1)
     x, g = factorial_tokens(values, values)
