@@ -3,12 +3,31 @@
 Bodies of commands import what they need, so that `--help` answers at once.
 """
 
-from typing import Annotated
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_gradtools import __version__
 from hf_gradtools.ghost.cli import app as ghost_app
+from hf_gradtools.workflow.terminal import quiet_imports
+
+
+class _GritGroup(TyperGroup):
+    """The commands of `hf_gradtools.grit.cli`, imported once one is asked for: importing that area imports PEFT."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._loaded().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._loaded().get_command(ctx, cmd_name)
+
+    def _loaded(self) -> Any:
+        quiet_imports()
+        return typer.main.get_command(import_module("hf_gradtools.grit.cli").app)
 
 
 app = typer.Typer(
@@ -19,6 +38,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(ghost_app, name="ghost")
+app.add_typer(
+    typer.Typer(no_args_is_help=True),
+    name="grit",
+    cls=_GritGroup,
+    help="Train LoRA adapters steered by the Fisher information of their rank space.",
+)
 
 
 def _print_version(requested: bool) -> None:

@@ -51,6 +51,32 @@ def _skip_reasons(config: pytest.Config) -> dict[str, str]:
     return reasons
 
 
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """Keeps what `datasets` caches within the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a Llama of two layers and a tokenizer of a few words. Not to be written to."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", ":", "?", "Question", "Answer", "yes", "no", *map(str, range(10)), *"abcdefghij"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    folder = tmp_path_factory.mktemp("tiny")
+    fast.save_pretrained(folder)
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds random, numpy and torch before every test; ask for it by name to get the number."""

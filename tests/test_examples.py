@@ -8,29 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from hf_gradtools import demo
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "ghost"
-
-
-@pytest.fixture
-def tiny_model(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "Question": 2, ":": 3}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(tmp_path / "tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
 
 
 def run(script, *args):

@@ -70,10 +70,15 @@ def resumable() -> Iterator[None]:
         raise
 
 
+def quiet_imports() -> None:
+    """Keeps bitsandbytes from warning, when PEFT imports it, of kernels that it does without."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def quiet() -> None:
     """Leaves the terminal to the progress bars and our own lines."""
+    quiet_imports()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
