@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_gradtools.core.quantized import keep_quantized_gradients
 from hf_gradtools.core.store import write_json_atomically
+from hf_gradtools.grit.card import TAGS, write_grit_card
 from hf_gradtools.grit.controller import GritController
 from hf_gradtools.grit.report import figures, rank_report
 from hf_gradtools.grit.state import load_state, save_state
 
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
     from transformers import Trainer
 
 
@@ -73,6 +76,7 @@ class GritCallback(TrainerCallback):
         self._restore_quantized = keep_quantized_gradients(model)
         controller.attach()
         self.controller = controller
+        _tag(controller)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,12 +116,44 @@ class GritCallback(TrainerCallback):
                 {f"grit/{name}": report[name] for name in ("base_parameters", "parameters", "reduction")}
             )
 
+    def write_card(self, folder: str | os.PathLike[str], **options: Any) -> ModelCard | None:
+        """Writes the adapter's model card to `README.md` of a folder.
+
+        `trainer.push_to_hub()` of another Trainer writes a card of its own, and `model.push_to_hub()` keeps the one
+        that the Hub has; so send this one after the adapter:
+
+        ```python
+        trainer.push_to_hub()
+        callback.write_card(args.output_dir, model_name="user/adapter").push_to_hub("user/adapter")
+        ```
+
+        Args:
+            folder: of the adapter.
+            **options: of [`~hf_gradtools.grit.card.write_grit_card`], such as `license` and `datasets`.
+
+        Returns:
+            the card; `None` in processes other than the first, which write nothing.
+
+        Raises:
+            ValueError: nothing has been trained yet.
+        """
+        if self.controller is None:
+            raise ValueError("there is no controller before training, so there are no ranks to write. Call train().")
+        return write_grit_card(folder, self.controller, self._trainer, **options)
+
     def close(self) -> None:
         """Removes all hooks; needed only after training was interrupted by an exception."""
         if self.controller is not None:
             self.controller.detach()
         self._restore_quantized()
         self._restore_quantized = lambda: None
+
+
+def _tag(controller: GritController) -> None:
+    """PEFT rewrites a card's tags whenever it saves, and of a base model's own it takes them over."""
+    add_model_tags = getattr(controller.tuner.model, "add_model_tags", None)
+    if add_model_tags is not None:  # only transformers' models have them
+        add_model_tags(list(TAGS))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

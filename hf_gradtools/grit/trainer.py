@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Seq2SeqTrainer
+from transformers.modelcard import TrainingSummary
 
 from hf_gradtools.grit.callback import GritCallback
-from hf_gradtools.grit.controller import GritController
+from hf_gradtools.grit.card import write_grit_card
+from hf_gradtools.grit.controller import GritController, find_tuner
+from hf_gradtools.hub import is_hub_id
 
 
 CLIPS = ("before", "after")
@@ -52,3 +55,48 @@ class GritTrainer(Seq2SeqTrainer):
         if self.clip == "after" and self.controller is not None and not self.controller.config.is_passive:
             self.controller.precondition()
         return super()._clip_grad_norm(model)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the adapter's ranks, settings and figures to `README.md` in `output_dir`; `push_to_hub` calls it.
+
+        Args:
+            language, license, tags, model_name, finetuned_from, dataset_tags, dataset: as in
+                [`~transformers.Trainer.create_model_card`].
+            tasks: the Hub's pipeline tag; default by the adapter's task type.
+            dataset_args: not used: there is no table of metrics per dataset.
+        """
+        if not self.is_world_process_zero():
+            return
+        tuner = find_tuner(self.accelerator.unwrap_model(self.model))
+        adapter = tuner.active_adapters[0]
+        config = tuner.peft_config[adapter]
+        base = finetuned_from or config.base_model_name_or_path
+        # transformers looks up the base model's licence on the Hub; a folder may have the name of a model there.
+        on_hub = base if is_hub_id(base) else None
+        summary = TrainingSummary.from_trainer(
+            self, language=language, license=license, tags=tags, model_name=model_name, finetuned_from=on_hub
+        )
+        write_grit_card(
+            self.args.output_dir,
+            tuner.rank_report(adapter) if self.controller is None else self.controller,
+            self,
+            config=config,
+            model_name=model_name,
+            tags=summary.tags,
+            base_model=base,
+            language=language,
+            license=summary.license,
+            datasets=dataset_tags or dataset,
+            pipeline_tag=tasks if isinstance(tasks, str) or not tasks else tasks[0],
+        )
