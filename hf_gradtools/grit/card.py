@@ -97,7 +97,7 @@ def write_grit_card(
     return write_card(
         folder,
         TEMPLATE,
-        _card_data(config, base, tags, metadata),
+        _card_data(config, base, [*_as_list(tags), *_model_tags(controller)], metadata),
         title=title.split("/")[-1],
         model_id=model_id,
         base=_base_text(base),
@@ -137,9 +137,9 @@ def _saved_config(folder: Path) -> GritConfig | None:
 
 
 def _card_data(
-    config: GritConfig | None, base: str | None, tags: list[str] | None, metadata: dict[str, Any]
+    config: GritConfig | None, base: str | None, tags: list[str], metadata: dict[str, Any]
 ) -> ModelCardData:
-    every = [*TAGS, *_as_list(tags)]
+    every = [*TAGS, *tags]
     if is_hub_id(base):
         every.append(f"base_model:adapter:{base}")
     data = {
@@ -149,6 +149,11 @@ def _card_data(
         **{name: value for name, value in metadata.items() if value is not None},
     }
     return ModelCardData(tags=list(dict.fromkeys(every)), **data)
+
+
+def _model_tags(controller: GritController | None) -> list[str]:
+    """What trainers such as TRL's have noted on the model."""
+    return [] if controller is None else _as_list(getattr(controller.tuner.model, "model_tags", None))
 
 
 def _task(config: GritConfig | None) -> tuple[str | None, str | None]:

@@ -203,7 +203,9 @@ def test_callback_writes_a_card_of_any_trainer(tmp_path):
     model = get_peft_model(llama(), GritConfig(**OPTIONS))
     trainer = Trainer(model, args, train_dataset=rows(), callbacks=[callback])
     trainer.train()
+    model.add_model_tags("sft")  # as TRL's trainers do
     card = callback.write_card(tmp_path, license="mit")
+    assert {"peft", "grit", "lora", "sft"} == set(card.data.tags)
     lines = table(card.text)
     assert {name: int(lines[name][0]) for name in model.base_model.ranks()} == model.base_model.ranks()
     assert card.data.license == "mit"
