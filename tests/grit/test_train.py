@@ -149,7 +149,10 @@ def test_format_row_makes_prompt_and_completion(options):
 @pytest.mark.parametrize(
     ("format_row", "message"),
     [
-        (lambda row: {"prompt": row["passage"], "completion": ""}, "rows.jsonl' has no column 'passage'. It has ques"),
+        (
+            lambda row: {"prompt": row["passage"], "completion": ""},
+            "rows.jsonl' has no column 'passage'. It has question",
+        ),
         (lambda row: row["question"], "format_row made a 0 b 0 of a row of dataset="),
         (lambda row: {"prompt": "a", "completion": 1}, "both of them texts"),
     ],
