@@ -23,35 +23,37 @@ def install() -> None:
         if theirs in sys.modules:
             import_module(ours)
         else:
-            sys.meta_path.insert(0, _After(theirs, ours))
+            sys.meta_path.insert(0, _Finder(theirs, ours))
 
 
-class _After(MetaPathFinder, Loader):
-    """Finds one module as Python would, and imports one of ours after it has run."""
+class _Finder(MetaPathFinder):
+    """Finds one module as Python would, with a loader that imports one of ours afterwards."""
 
     def __init__(self, theirs: str, ours: str):
         self.theirs, self.ours = theirs, ours
-        self._loader: Loader | None = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != self.theirs:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+        if spec is not None and spec.loader is not None:  # some only ask whether it is installed
+            spec.loader = _Loader(self, spec.loader)
         return spec
 
+
+class _Loader(Loader):
+    def __init__(self, finder: _Finder, loader: Loader):
+        self.finder, self.loader = finder, loader
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        assert self._loader is not None
-        return self._loader.create_module(spec)
+        return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert self._loader is not None
+        sys.meta_path.remove(self.finder)
         assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader  # as if we had never been there
-        self._loader.exec_module(module)
-        if self.ours not in sys.modules:  # else it is what imports PEFT, and registers at its end
-            import_module(self.ours)
+        module.__spec__.loader = module.__loader__ = self.loader  # as if we had never been there
+        self.loader.exec_module(module)
+        if self.finder.ours not in sys.modules:  # else it is what imports PEFT, and registers at its end
+            import_module(self.finder.ours)

@@ -102,6 +102,8 @@ class GritCallback(TrainerCallback):
         if controller is None:
             return
         self.close()
+        if args.load_best_model_at_end and state.best_model_checkpoint and not controller.config.is_passive:
+            load_state(controller, state.best_model_checkpoint)  # the adapter is that checkpoint's by now
         controller.finish()
         report = rank_report(controller)
         if state.is_world_process_zero:

@@ -125,6 +125,8 @@ class GritController:
 
     def finish(self) -> None:
         """Training is over: tensors whose coordinates were only masked become as small as their rank."""
+        if self.rank_change != "masked":
+            return
         for layer in self.layers:
             live = self.live_ranks[layer.name]
             if live < layer.rank:
@@ -334,7 +336,7 @@ def find_tuner(model: nn.Module) -> GritModel:
     model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, GritModel):
-        kind = f"a {model.peft_type} adapter" if isinstance(model, PeftModel) else "no adapter"
+        kind = f"an adapter of type {model.peft_type.value}" if isinstance(model, PeftModel) else "no adapter"
         raise ValueError(
             f"{type(model).__name__} has {kind}; GRIT steers get_peft_model(model, GritConfig(...)), or "
             "SFTTrainer(peft_config=GritConfig(...))."

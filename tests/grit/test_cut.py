@@ -157,7 +157,7 @@ def test_training_goes_on_without_a_spike(preconditioner, allocation):
         model, controller = trained(40, preconditioner=preconditioner, rank_allocation=allocation)
         if is_cut:
             controller.cut()
-            assert sum(controller.live_ranks.values()) < 0.9 * 6 * len(controller.layers)
+            assert sum(controller.live_ranks.values()) <= 6 * len(controller.layers) - 8
         losses[is_cut] = []
         for step in range(10):
             losses[is_cut].append(evaluate(model))
