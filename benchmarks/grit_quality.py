@@ -3,10 +3,10 @@
     python benchmarks/grit_quality.py --model MODEL --text TEXT --output out/grit_quality.jsonl
     python benchmarks/grit_quality.py --output out/grit_quality.jsonl --table
 
-A causal LM is fine-tuned on a text it was not made for. Each method's learning rate is chosen on a seed of its own, then
-the test seeds are run with it. Reported per method: loss on held-out text, adapter parameters that are left, size of
-the saved adapter, time of a step relative to LoRA's (rough: the machine does other things), and drift: the KL divergence
-from the base model on text that the base model wrote itself, that is, on what it could do before.
+A causal LM is fine-tuned on a text it was not made for. Each method's learning rate is chosen on a seed of its own,
+then the test seeds are run with it. Reported per method: loss on held-out text, adapter parameters that are left, size
+of the saved adapter, time of a step relative to LoRA's (rough: the machine does other things), and drift: the KL
+divergence from the base model on text that the base model wrote itself, that is, on what it could do before.
 
 Every finished run is a line of the output file, so a run that was interrupted goes on where it stopped.
 """
@@ -123,8 +123,8 @@ class Task:
     def drift(self, model: Any) -> float:
         """KL(base ‖ adapted) per token, in nats."""
         parts = zip(self.logits(model, self.own_text), self.base_logits, strict=True)
-        each = [kl_div(new.log_softmax(-1), old, log_target=True, reduction="none").sum(-1).mean() for new, old in parts]
-        return float(torch.stack(each).mean())
+        each = [kl_div(new.log_softmax(-1), old, log_target=True, reduction="none").sum(-1) for new, old in parts]
+        return float(torch.cat(each).mean())
 
     def run(self, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
         set_seed(seed)

@@ -50,12 +50,17 @@ class GritCallback(TrainerCallback):
         self.controller: GritController | None = None
         self.resume_from_checkpoint = resume_from_checkpoint
         self._trainer = trainer
-        self._restore_quantized = lambda: None
         self._logged_step = -1
 
     def set_trainer(self, trainer: Trainer) -> None:
         """Lets the callback log through `trainer.log`."""
         self._trainer = trainer
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # For good: evaluating first, or merging afterwards, would go wrong as well.
+        keep_quantized_gradients(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,7 +78,6 @@ class GritCallback(TrainerCallback):
         )
         if state.global_step > 0 and not controller.config.is_passive:
             load_state(controller, self.resume_from_checkpoint or _checkpoint(args, state))
-        self._restore_quantized = keep_quantized_gradients(model)
         controller.attach()
         self.controller = controller
         _tag(controller)
@@ -147,8 +151,6 @@ class GritCallback(TrainerCallback):
         """Removes all hooks; needed only after training was interrupted by an exception."""
         if self.controller is not None:
             self.controller.detach()
-        self._restore_quantized()
-        self._restore_quantized = lambda: None
 
 
 def _tag(controller: GritController) -> None:

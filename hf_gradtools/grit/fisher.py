@@ -58,6 +58,12 @@ class RankFisher:
         """The estimate of both factors, `[2, R, R]`."""
         return self.average / self.weight if self.weight else self.average
 
+    def restore(self, average: Tensor, weight: float, samples: float) -> None:
+        """Takes over what was saved, of whatever rank."""
+        self.average = average.to(self.average.device)
+        self.weight, self.samples = weight, samples
+        self.sums, self.tokens = torch.zeros_like(self.average), torch.zeros_like(self.tokens)
+
     def transform(self, activation_map: Tensor, gradient_map: Tensor) -> None:
         """Follows a change of the rank space: `a' = activation_map @ a`, `b' = gradient_map @ b`, both `[K, R]`."""
         maps = torch.stack([activation_map, gradient_map])

@@ -53,9 +53,8 @@ def load_state(controller: GritController, folder: str | os.PathLike[str]) -> No
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     _check(controller, header["layers"], tensors, path)
     for layer in controller.layers:
-        fisher = controller.fishers[layer.name]
-        fisher.average.copy_(tensors[f"{layer.name}/average"])
-        fisher.weight, fisher.samples, controller.live_ranks[layer.name] = header["layers"][layer.name]
+        weight, samples, controller.live_ranks[layer.name] = header["layers"][layer.name]
+        controller.fishers[layer.name].restore(tensors[f"{layer.name}/average"], weight, samples)
         if f"{layer.name}/basis" in tensors:
             controller.bases[layer.name] = tensors[f"{layer.name}/basis"].to(layer.A.device)
     for name in COUNTERS:

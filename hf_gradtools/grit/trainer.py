@@ -38,6 +38,7 @@ class GritTrainer(Seq2SeqTrainer):
         self.clip = clip
         self._grit = GritCallback(self)
         self.add_callback(self._grit)
+        self._grit.on_init_end(self.args, self.state, self.control, model=self.model)  # that event is over
 
     @property
     def controller(self) -> GritController | None:
