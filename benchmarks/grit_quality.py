@@ -45,33 +45,21 @@ SHARED = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_
 
 
 def methods(steps: int) -> dict[str, Any]:
-    """Name → adapter config. Cuts come at a third and two thirds of training."""
-    schedule = {"reprojection_freq": steps // 3, "reprojection_warmup_steps": steps // 3}
-    ours = {**SHARED, **schedule}
+    """Name → adapter config."""
+    adalora = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": 5, "total_step": steps}
+    rank8 = {**SHARED, "r": RANK // 2, "lora_alpha": ALPHA // 2}
     return {
         "LoRA r=16": LoraConfig(**SHARED),
-        "LoRA r=8": LoraConfig(**{**SHARED, "r": 8, "lora_alpha": 16}),
-        "DoRA r=16": LoraConfig(**SHARED, use_dora=True),
-        "AdaLoRA 16→8": AdaLoraConfig(
-            init_r=RANK,
-            target_r=RANK // 2,
-            lora_alpha=ALPHA,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-            tinit=steps // 10,
-            tfinal=steps // 3,
-            deltaT=5,
-            total_step=steps,
-        ),
+        "LoRA r=8": LoraConfig(**rank8),
+        "GRIT (default)": GritConfig(**SHARED),
+        "GRIT, not cut": GritConfig(**SHARED, reprojection=None),
+        "GRIT, no preconditioner": GritConfig(**SHARED, preconditioner=None),
+        "GRIT, seed's settings": GritConfig.preset("seed", **SHARED, reprojection_freq=steps // 3),
         "Riemannian LoRA r=16": LoraConfig(**SHARED),
-        "GRIT, seed's settings": GritConfig.preset("seed", **SHARED, **schedule),
-        "GRIT": GritConfig(**ours),
-        "GRIT τ=0.95": GritConfig(**ours, rank_adaptation_threshold=0.95),
-        "GRIT τ=0.9": GritConfig(**ours, rank_adaptation_threshold=0.9),
-        "GRIT, by layer": GritConfig(**ours, rank_allocation="layer"),
-        "GRIT, no cut": GritConfig(**{**ours, "reprojection": None}),
-        "GRIT, kfac": GritConfig(**ours, preconditioner="kfac"),
-        "GRIT, no preconditioner": GritConfig(**ours, preconditioner=None),
+        "DoRA r=16": LoraConfig(**SHARED, use_dora=True),
+        "AdaLoRA 16→8": AdaLoraConfig(init_r=RANK, target_r=RANK // 2, **adalora, **SHARED),
+        "GRIT, kfac": GritConfig(**SHARED, preconditioner="kfac"),
+        "GRIT, by layer": GritConfig(**SHARED, rank_allocation="layer"),
     }
 
 
@@ -231,12 +219,12 @@ def main() -> None:
     parser.add_argument("--text", help="text file to fine-tune on")
     parser.add_argument("--output", required=True, help="JSON Lines file of finished runs")
     parser.add_argument("--methods", nargs="+", help="default all")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--eval_rows", type=int, default=64)
+    parser.add_argument("--eval_rows", type=int, default=160)
     parser.add_argument("--table", action="store_true", help="only print the table of what is finished")
     args = parser.parse_args()
     output = Path(args.output)

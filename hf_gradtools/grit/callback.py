@@ -73,6 +73,7 @@ class GritCallback(TrainerCallback):
         controller = GritController(
             model,
             optimizer,
+            total_steps=state.max_steps,
             accumulation_steps=args.gradient_accumulation_steps,
             grad_scale=lambda: 1.0 if scaler is None else scaler.get_scale(),
         )

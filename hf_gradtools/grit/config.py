@@ -46,6 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reprojection": "two_sided",
         "rank_change": "none",
         "reprojection_freq": 50,
+        "reprojection_warmup_steps": 0,
+        "rank_adaptation_threshold": 0.99,
         "lambda_kfac": 1e-5,
         "lambda_reproj": 1e-4,
         "adaptive_schedule": True,
@@ -92,14 +94,15 @@ class GritConfig(LoraConfig):
             Steps between cuts.
         reprojection_k (`int`, defaults to 8):
             Rank to cut to without `enable_rank_adaptation`.
-        reprojection_warmup_steps (`int`, defaults to 0):
-            Steps before the first cut.
+        reprojection_warmup_steps (`float`, defaults to 0.75):
+            Steps before the first cut; below 1, their share of the whole training. What is cut is gone, and a young
+            adapter's spectrum says little of what it will need.
         use_two_sided_reprojection (`bool`, *optional*):
             The paper's switch: `True` is `reprojection="two_sided"`, `False` is `"one_sided"`.
         enable_rank_adaptation (`bool`, defaults to `True`):
             Cut each module to the least rank that holds `rank_adaptation_threshold` of its spectrum.
-        rank_adaptation_threshold (`float`, defaults to 0.99):
-            τ, in (0, 1].
+        rank_adaptation_threshold (`float`, defaults to 0.97):
+            τ, in (0, 1]: the share that all cuts together keep.
         rank_allocation (`str`, defaults to `"global"`):
             Whose spectrum the threshold is of: `"global"` of all layers together, spending parameters where they hold
             most; `"layer"` of each layer for itself, as in the paper. Only the spectra
@@ -144,9 +147,9 @@ class GritConfig(LoraConfig):
     reprojection: str | None = field(default="balanced")
     reprojection_freq: int = field(default=50)
     reprojection_k: int = field(default=8)
-    reprojection_warmup_steps: int = field(default=0)
+    reprojection_warmup_steps: float = field(default=0.75)
     enable_rank_adaptation: bool = field(default=True)
-    rank_adaptation_threshold: float = field(default=0.99)
+    rank_adaptation_threshold: float = field(default=0.97)
     rank_allocation: str = field(default="global")
     min_lora_rank: int = field(default=4)
     rank_adaptation_start_step: int = field(default=0)
@@ -250,6 +253,11 @@ def _check_ranks(config: GritConfig) -> None:
         )
     if config.reprojection_k < 1:
         raise ValueError(f"reprojection_k={config.reprojection_k} must be at least 1.")
+    warmup = config.reprojection_warmup_steps
+    if warmup >= 1 and warmup != int(warmup):
+        raise ValueError(
+            f"reprojection_warmup_steps={warmup} is neither a share of training (below 1) nor whole steps."
+        )
     init = str(config.init_lora_weights).lower()
     if init.startswith(BASE_CHANGING_INITS):
         raise ValueError(

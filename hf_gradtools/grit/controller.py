@@ -3,7 +3,7 @@
 ```python
 model = get_peft_model(base, GritConfig(target_modules="all-linear"))
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-with GritController(model, optimizer) as controller:
+with GritController(model, optimizer, total_steps=len(batches)) as controller:
     for batch in batches:
         model(**batch).loss.backward()
         optimizer.step()
@@ -18,6 +18,7 @@ type and options of the optimizer stay as they are.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,7 @@ class GritController:
     Args:
         model: a `PeftModel` (or its tuner) whose active adapter was made from a [`GritConfig`].
         optimizer: of its parameters; accelerate's wrapper is seen through.
+        total_steps: optimizer steps of the whole training; needed where the config gives a share of them.
         accumulation_steps: micro-batches of a step, if each one's loss is a mean that is divided by this.
         grad_scale: returns the loss scaler's factor on the gradients that backward computes; default 1.
 
@@ -58,7 +60,8 @@ class GritController:
         figures: what to log, by name.
 
     Raises:
-        ValueError: the adapter is none of GRIT or not trainable; the optimizer or sharding is not supported.
+        ValueError: the adapter is none of GRIT or not trainable; the optimizer or sharding is not supported; a share
+            of training is given, and not how long it is.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class GritController:
         model: nn.Module,
         optimizer: Any,
         *,
+        total_steps: int | None = None,
         accumulation_steps: int = 1,
         grad_scale: Callable[[], float] = lambda: 1.0,
     ):
@@ -73,6 +77,7 @@ class GritController:
         self.adapter = _only_active_adapter(self.tuner)
         self.config: GritConfig = self.tuner.peft_config[self.adapter]
         self.optimizer = _torch_optimizer(optimizer)
+        self.first_cut_step = _first_cut_step(self.config, total_steps)
         self.accumulation_steps, self.grad_scale = accumulation_steps, grad_scale
         self.layers = _trainable_layers(self.tuner, self.adapter, self.optimizer)
         if self.config.preconditioner == "rank_soap" or self.config.reprojection:
@@ -84,6 +89,7 @@ class GritController:
         self.fishers = {layer.name: RankFisher(layer.A) for layer in self.layers}
         self.live_ranks = {layer.name: layer.rank for layer in self.layers}
         self.bases: dict[str, Tensor] = {}  # [2, R, R] by layer: eigenvectors (or inverses) of both factors
+        self.kept_energy: dict[str, float] = {}  # what the cuts so far have left, of each spectrum that τ is of
         self.last_refresh = self.last_cut = 0
         self._preconditioner: Preconditioner | None = None
         self._batch: Batch | None = None
@@ -212,14 +218,10 @@ class GritController:
             self._preconditioner.turn_steps_back()
         self._rotated = False
         self.step += 1
-        config = self.config
-        due = self.step >= config.reprojection_warmup_steps and self._has_passed(
-            config.reprojection_freq, self.last_cut
-        )
-        if config.reprojection and due:
+        if self.step >= self.first_cut_step and self._has_passed(self.config.reprojection_freq, self.last_cut):
             self.last_cut = self.step
             self.cut()
-        self._collecting = self.step % config.grit_cov_update_freq == 0
+        self._collecting = self.step % self.config.grit_cov_update_freq == 0
 
     def _has_passed(self, frequency: int, since: int) -> bool:
         return self.step - since >= self.losses.frequency(frequency)
@@ -349,6 +351,21 @@ def _only_active_adapter(tuner: GritModel) -> str:
     if len(active) != 1:
         raise ValueError(f"adapters {active} are active; GRIT trains one at a time: call set_adapter(name).")
     return active[0]
+
+
+def _first_cut_step(config: GritConfig, total_steps: int | None) -> float:
+    """The step from which on the adapter is cut; infinity for never."""
+    warmup = config.reprojection_warmup_steps
+    if config.reprojection is None:
+        return math.inf
+    if warmup == 0 or warmup >= 1:
+        return warmup
+    if total_steps is None:
+        raise ValueError(
+            f"reprojection_warmup_steps={warmup} is a share of training. Pass total_steps= (a Trainer's callback "
+            "does), or give the config a number of steps."
+        )
+    return math.ceil(warmup * total_steps)
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

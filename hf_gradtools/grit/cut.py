@@ -18,7 +18,6 @@ from hf_gradtools.core.curvature import (
     eigenbasis,
     energies,
     projectors,
-    rank_for_energy,
     ranks_for_total_energy,
     truncation,
 )
@@ -82,12 +81,26 @@ def _choose_ranks(controller: GritController, spectra: dict[str, Tensor]) -> dic
     config = controller.config
     if not spectra or not config.enable_rank_adaptation or controller.step < config.rank_adaptation_start_step:
         return dict.fromkeys(spectra, config.reprojection_k)
-    threshold, least = config.rank_adaptation_threshold, config.min_lora_rank
-    if config.rank_allocation == "global":
-        sizes = {layer.name: layer.A.shape[1] + layer.B.shape[0] for layer in controller.layers}
-        chosen = ranks_for_total_energy(list(spectra.values()), [sizes[name] for name in spectra], threshold, least)
-        return dict(zip(spectra, chosen, strict=True))
-    return {name: int(rank_for_energy(x, threshold, min(least, len(x)))) for name, x in spectra.items()}
+    if config.rank_allocation == "layer":
+        return {name: _spend(controller, name, [x], [1])[0] for name, x in spectra.items()}
+    sizes = {layer.name: layer.A.shape[1] + layer.B.shape[0] for layer in controller.layers}
+    chosen = _spend(controller, "all layers", list(spectra.values()), [sizes[name] for name in spectra])
+    return dict(zip(spectra, chosen, strict=True))
+
+
+def _spend(controller: GritController, whose: str, spectra: list[Tensor], sizes: list[int]) -> list[int]:
+    """Ranks that keep the threshold of what there was before the first cut, not of what the last one has left.
+
+    A projection in place (`rank_change="none"`) does not use anything up: the next steps fill it again.
+    """
+    config, kept = controller.config, controller.kept_energy.get(whose, 1.0)
+    threshold = min(1.0, config.rank_adaptation_threshold / kept)
+    ranks = ranks_for_total_energy(spectra, sizes, threshold, config.min_lora_rank)
+    total = sum(float(x.sum()) for x in spectra)
+    if total and controller.rank_change != "none":
+        held = sum(float(x[:rank].sum()) for x, rank in zip(spectra, ranks, strict=True))
+        controller.kept_energy[whose] = kept * held / total
+    return ranks
 
 
 def _cut_group(

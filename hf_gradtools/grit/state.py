@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 STATE_FILE = "grit_state.safetensors"
-COUNTERS = ("step", "last_refresh", "last_cut", "skipped_sums", "failed_inversions")
+COUNTERS = ("step", "last_refresh", "last_cut", "skipped_sums", "failed_inversions", "kept_energy")
 
 
 def save_state(controller: GritController, folder: str | os.PathLike[str]) -> None:

@@ -34,7 +34,14 @@ def base_model(kind="llama", seed=0, **options):
 
 def adapted(kind="llama", seed=0, base=None, trained=True, **options):
     """A model with an adapter; `trained`: B is not zero, as it is at the start."""
-    defaults = {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "task_type": TASKS[kind], "min_lora_rank": 1}
+    defaults = {
+        "r": 6,
+        "lora_alpha": 12,
+        "target_modules": "all-linear",
+        "task_type": TASKS[kind],
+        "min_lora_rank": 1,
+        "reprojection_warmup_steps": 0,
+    }
     base = base_model(kind, seed) if base is None else base
     torch.manual_seed(seed + 2)
     model = get_peft_model(base, GritConfig(**{**defaults, **options}))

@@ -84,7 +84,7 @@ def test_balanced_loses_least(learnt, rank):
 def test_cut_to_the_numerical_rank_changes_nothing():
     model, controller = trained(count=10)
     for layer in controller.layers:  # rank 3 in 6 coordinates, none of them along an axis
-        mix = torch.randn(6, 6)
+        mix = torch.eye(6) + 0.2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
         keep = torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0]))
         layer.A.data = mix @ keep @ torch.linalg.inv(mix) @ layer.A.data
         layer.B.data = layer.B.data @ mix @ keep @ torch.linalg.inv(mix)
@@ -283,3 +283,28 @@ def test_energy_of_a_layer_is_what_its_cut_costs(learnt):
     cuts = controller.cut(3)
     lost = next(cut.lost for cut in cuts if cut.name == layer.name)
     assert lost == pytest.approx(float(spectrum[3:].sum() / spectrum.sum()))
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+def test_threshold_is_of_the_whole_however_many_cuts(allocation):
+    """A second cut right after the first finds nothing left to spend."""
+    model, controller = trained(count=40, rank_allocation=allocation, rank_adaptation_threshold=0.9)
+    controller.cut()
+    ranks = model.base_model.ranks()
+    assert min(ranks.values()) < 6
+    assert min(controller.kept_energy.values()) >= 0.9
+    assert controller.cut() == []
+    assert model.base_model.ranks() == ranks
+
+
+def test_first_cut_at_a_share_of_training():
+    model = adapted(reprojection_warmup_steps=0.75, reprojection_freq=1, rank_adaptation_threshold=0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"reprojection_warmup_steps=0.75 is a share of training. Pass total_steps="):
+        GritController(model, optimizer)
+    controller = GritController(model.train(), optimizer, total_steps=10)
+    controller.attach()
+    steps(controller, model, 7)
+    assert set(model.base_model.ranks().values()) == {6}
+    steps(controller, model, 1)
+    assert min(model.base_model.ranks().values()) < 6

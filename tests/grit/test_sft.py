@@ -12,7 +12,14 @@ from tests.grit.reference import adapted, base_model, brute_force, gap
 
 
 trl = pytest.importorskip("trl")
-CONFIG = {"r": 6, "target_modules": "all-linear", "min_lora_rank": 1, "kfac_min_samples": 1, "task_type": "CAUSAL_LM"}
+CONFIG = {
+    "r": 6,
+    "target_modules": "all-linear",
+    "min_lora_rank": 1,
+    "kfac_min_samples": 1,
+    "task_type": "CAUSAL_LM",
+    "reprojection_warmup_steps": 0,
+}
 
 
 def sft(dataset, path, config, callback, **options):
