@@ -67,7 +67,8 @@ class GritRun:
     row_format: RowFormat
 
     def train(self) -> dict[str, float]:
-        """Trains, and leaves the adapter, `grit_ranks.json` and `metrics.json` in the output folder.
+        """Trains, and leaves the adapter, its model card, `grit_ranks.json` and `metrics.json` in the output
+        folder.
 
         Returns:
             `eval_loss_before` and `eval_loss_after`, on the validation rows; `steps`, `seconds`; and the adapter's
@@ -90,6 +91,7 @@ class GritRun:
         }
         if self.trainer.is_world_process_zero():
             write_json_atomically(Path(folder) / METRICS, metrics)
+        self.trainer.create_model_card()
         return metrics
 
     def summary(self) -> str:

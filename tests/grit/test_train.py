@@ -65,6 +65,7 @@ def test_run_leaves_adapter_ranks_metrics_and_log(options, frequent, tmp_path):
     assert metrics["steps"] == 6
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
     assert 0 < metrics["reduction"] < 1
+    assert "GRIT" in (out / "README.md").read_text()
     ranks = json.loads((out / "grit_ranks.json").read_text())
     assert ranks["parameters"] == metrics["parameters"] == sum(t.numel() for t in tensors(out).values())
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
