@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_gradtools import GritController
+from hf_gradtools.grit.fisher import RankFisher, fold
 from tests.grit.reference import adapted, base_model, batch, brute_force, gap, rows
 
 
@@ -137,10 +141,29 @@ def test_dropout_is_part_of_the_activations():
 
 
 def test_bf16_autocast_is_summed_in_float32():
+    """Exactly what passes by in bfloat16, in sums that lose nothing; and that is near the float64 model's."""
     model, inputs = adapted(), batch(rows(4, padded=True))
     controller = measured(model, inputs, dtype=torch.bfloat16)
-    assert all(fisher.average.dtype == torch.float32 for fisher in controller.fishers.values())
-    check(model, inputs, controller, 3e-2)
+    check(model, inputs, controller, 0.1)
+    twin, seen = copy.deepcopy(model).train(), {}
+
+    def keep(name, module, args, output):
+        seen[name] = [output.detach()]
+        output.register_hook(seen[name].append)
+
+    for layer in twin.base_model.layers():
+        layer.down.register_forward_hook(partial(keep, layer.name))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = twin(**inputs).loss
+    loss.backward()
+    real, labels = inputs["attention_mask"].flatten().bool(), (inputs["labels"][:, 1:] != -100).sum()
+    for name, (a, b) in seen.items():
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert controller.fishers[name].average.dtype == torch.float32
+        a, b = a.flatten(0, 1)[real].double(), b.flatten(0, 1)[real].double() * labels
+        expected = torch.stack([a.mT @ a, b.mT @ b]) / real.sum()
+        for mine, wanted in zip(controller.fishers[name].factors, expected, strict=True):
+            assert gap(mine, wanted) < 1e-5
 
 
 def test_half_precision_adapter_has_nonzero_gradient_factor():
@@ -256,3 +279,18 @@ def test_unused_base_stays_unhooked_after_detach():
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 20), steps=st.integers(1, 4), mean=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_factors_are_symmetric_and_positive(seed, tokens, steps, mean):
+    generator = torch.Generator().manual_seed(seed)
+    fisher = RankFisher(torch.empty(5, 7))
+    for _ in range(steps):
+        a, b = torch.randn(2, 1, tokens, 5, generator=generator)
+        mask = torch.rand(tokens, generator=generator) < 0.7
+        fisher.add(a, 1e-4 * b, mask, 3.0)
+        fold([fisher], None if mean else 0.9)
+    values = torch.linalg.eigvalsh(fisher.factors.double())
+    torch.testing.assert_close(fisher.factors, fisher.factors.mT, rtol=1e-5, atol=1e-12)
+    assert (values >= -1e-6 * values.amax(-1, keepdim=True).clamp_min(1e-30)).all()
