@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
@@ -37,10 +37,12 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.theirs:
             return None
-        spec = PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:  # some only ask whether it is installed
-            spec.loader = _Loader(self, spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(self, spec.loader)  # loaded or not: some only ask whether it is installed
+                return spec
+        return None
 
 
 class _Loader(Loader):

@@ -113,13 +113,15 @@ def balanced_coordinates(activation: Tensor, gradient: Tensor) -> tuple[Tensor, 
         `left` `[..., R, R]`: new coordinates are `left @ a`, so `A' = left @ A`;
         `right` `[..., R, R]`, its inverse: `B' = B @ right`;
         `energies` `[..., R]`, largest first: eigenvalues of `activation @ gradient`; dropping a coordinate costs half.
+        Of a factor that is zero the coordinates are those of the other one, and the energies zero.
     """
     activation_root, gradient_root = _root(activation), _root(gradient)
     u, singular, vt = torch.linalg.svd(gradient_root.mT @ activation_root)
     scale = singular.clamp_min(torch.finfo(singular.dtype).tiny).rsqrt()
     left = scale[..., :, None] * (u.mT @ gradient_root.mT)
     right = activation_root @ vt.mT * scale[..., None, :]
-    return left, right, singular.square()
+    alive = (mean_eigenvalue(activation) > 0) & (mean_eigenvalue(gradient) > 0)
+    return left, right, singular.square() * alive[..., 0]
 
 
 def truncation(method: str, activation: Tensor, gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -172,11 +174,11 @@ def rank_for_energy(spectrum: Tensor, threshold: float, least: int) -> Tensor:
 def ranks_for_total_energy(spectra: Sequence[Tensor], sizes: Sequence[int], threshold: float, least: int) -> list[int]:
     """Ranks of several layers that together hold `threshold` of the energy of all, for the fewest parameters.
 
-    Directions are taken where they hold most energy per parameter first. Balanced energies are costs in units of the
-    loss, so those of different layers compare; spectra of a single factor do not.
+    Directions are taken where they hold most energy per parameter first. Balanced energies, times the tokens that the
+    layer sees, are costs in units of the loss, so those of different layers compare; spectra of one factor do not.
 
     Args:
-        spectra: of each layer `[R]`, largest first.
+        spectra: of each layer `[R]`, largest first, times its tokens.
         sizes: parameters that a direction of each layer has.
         threshold: in (0, 1].
         least: no layer gets fewer, if it has as many.

@@ -162,4 +162,8 @@ def _tag(controller: GritController) -> None:
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    """The folder of this step's checkpoint; a hyperparameter search has one more level."""
+    name = f"checkpoint-{state.global_step}"
+    nested = sorted(Path(args.output_dir).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    direct = Path(args.output_dir) / name
+    return nested[-1] if nested and not direct.is_dir() else direct

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from hf_gradtools import __version__
 from hf_gradtools.core.distributed import rank
 from hf_gradtools.grit.config import GritConfig
 from hf_gradtools.grit.controller import GritController
-from hf_gradtools.grit.report import rank_report
+from hf_gradtools.grit.report import read_report
 from hf_gradtools.hub import is_hub_id, write_card
 
 
@@ -87,7 +86,7 @@ def write_grit_card(
     if not (rank() == 0 if trainer is None else trainer.is_world_process_zero()):
         return None
     controller = source if isinstance(source, GritController) else None
-    report = _report(source)
+    report = read_report(source)
     config = config or (controller.config if controller else _saved_config(Path(folder)))
     base = base_model or (config.base_model_name_or_path if config else None)
     hub_id = getattr(trainer, "hub_model_id", None) or (trainer.args.hub_model_id if trainer else None)
@@ -115,15 +114,6 @@ def write_grit_card(
         datasets_used=[f"`{name}`" for name in _as_list(metadata.get("datasets"))],
         versions=_versions() if controller or trainer else [],  # of a report's training they are not known
     )
-
-
-def _report(source: GritController | dict[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
-    if isinstance(source, GritController):
-        return rank_report(source)
-    report = json.loads(Path(source).read_bytes()) if isinstance(source, (str, os.PathLike)) else source
-    if not isinstance(report, dict) or not report.get("layers"):
-        raise ValueError("source has no layers. Pass a controller, rank_report(controller), or grit_ranks.json.")
-    return report
 
 
 def _saved_config(folder: Path) -> GritConfig | None:

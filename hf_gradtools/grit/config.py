@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_gradtools.grit.register import add_peft_type
 PRECONDITIONERS = ("rank_soap", "kfac", "grit", None)
 REPROJECTIONS = ("balanced", "two_sided", "one_sided", None)
 RANK_CHANGES = ("auto", "physical", "masked", "none")
+DEFAULT_LEAST_RANK = 4
 RANK_ALLOCATIONS = ("global", "layer")
 STATISTICS = ("ema", "mean")
 # These rewrite the base weights at the rank they are loaded with, so an adapter cut to another rank would not reload.
@@ -107,8 +109,8 @@ class GritConfig(LoraConfig):
             Whose spectrum the threshold is of: `"global"` of all layers together, spending parameters where they hold
             most; `"layer"` of each layer for itself, as in the paper. Only the spectra
             of `reprojection="balanced"` compare between layers; the others go by layer.
-        min_lora_rank (`int`, defaults to 4):
-            No module is cut below it.
+        min_lora_rank (`int`, *optional*):
+            No module is cut below it; default 4, or `r` if that is less.
         rank_adaptation_start_step (`int`, defaults to 0):
             Steps before ranks adapt; cuts before it go to `reprojection_k`.
         rank_change (`str`, defaults to `"auto"`):
@@ -117,7 +119,7 @@ class GritConfig(LoraConfig):
             in the paper's code; `"auto"`: physical in one process, masked in several.
         adaptive_schedule (`bool`, defaults to `False`):
             Over the last 20 losses: frequencies × 1.5 if the second half improved by more than 1 %, else × 0.75; and
-            damping `0.001 + std(loss)` within [1e-6, 1e-2].
+            damping `kfac_damping + std(loss)`, at most 1e-2 or `kfac_damping`. The model's output must have the loss.
         lambda_kfac (`float`, defaults to 0):
             Weight of the curvature energy `tr(B Σ_a Bᵀ) + tr(Aᵀ Σ_g A)`, its gradient added to the loss's.
         lambda_reproj (`float`, defaults to 0):
@@ -151,7 +153,7 @@ class GritConfig(LoraConfig):
     enable_rank_adaptation: bool = field(default=True)
     rank_adaptation_threshold: float = field(default=0.97)
     rank_allocation: str = field(default="global")
-    min_lora_rank: int = field(default=4)
+    min_lora_rank: int | None = field(default=None)
     rank_adaptation_start_step: int = field(default=0)
     rank_change: str = field(default="auto")
     adaptive_schedule: bool = field(default=False)
@@ -169,8 +171,6 @@ class GritConfig(LoraConfig):
             self.r = lora_rank
         if use_two_sided_reprojection is not None:
             self.reprojection = "two_sided" if use_two_sided_reprojection else "one_sided"
-        if self.reprojection != "balanced":
-            self.rank_allocation = "layer"  # spectra of a single factor do not compare between layers
         _check(self)
 
     @classmethod
@@ -188,6 +188,11 @@ class GritConfig(LoraConfig):
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown. Pass one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **options})
+
+    @property
+    def least_rank(self) -> int:
+        """What `min_lora_rank` comes to."""
+        return min(DEFAULT_LEAST_RANK, self.r) if self.min_lora_rank is None else self.min_lora_rank
 
     @property
     def is_passive(self) -> bool:
@@ -216,13 +221,27 @@ def _check_choices(config: GritConfig) -> None:
             )
 
 
+LEAST_STEPS = {
+    "kfac_min_samples": 1,
+    "kfac_update_freq": 1,
+    "grit_cov_update_freq": 1,
+    "reprojection_freq": 1,
+    "reprojection_k": 1,
+    "min_lora_rank": 1,
+    "ng_warmup_steps": 0,
+    "rank_adaptation_start_step": 0,
+    "regularizer_warmup_steps": 0,
+}
+
+
 def _check_ranges(config: GritConfig) -> None:
-    least = {"kfac_min_samples": 1, "kfac_update_freq": 1, "grit_cov_update_freq": 1, "reprojection_freq": 1}
-    least |= dict.fromkeys(("ng_warmup_steps", "reprojection_warmup_steps", "rank_adaptation_start_step"), 0)
-    least |= dict.fromkeys(("regularizer_warmup_steps", "lambda_kfac", "lambda_reproj"), 0)
-    for name, smallest in least.items():
-        if getattr(config, name) < smallest:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {smallest}.")
+    for name, least in LEAST_STEPS.items():
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or value != int(value) or value < least):
+            raise ValueError(f"{name}={value} must be a whole number of at least {least}.")
+    for name in ("lambda_kfac", "lambda_reproj", "reprojection_warmup_steps"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 0.")
     for name in ("kfac_damping", "kfac_exponent"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)} must be positive.")
@@ -244,15 +263,11 @@ def _check_ranks(config: GritConfig) -> None:
         raise ValueError(f"r={config.r} must be at least 1, such as 16.")
     if config.reprojection is None:
         return
-    if not config.min_lora_rank >= 1:
-        raise ValueError(f"min_lora_rank={config.min_lora_rank} must be at least 1.")
-    if config.min_lora_rank > config.r and config.enable_rank_adaptation:
+    if config.least_rank > config.r and config.enable_rank_adaptation:
         raise ValueError(
             f"min_lora_rank={config.min_lora_rank} is above r={config.r}, so no module could be cut. Lower it, "
             "raise r, or set enable_rank_adaptation=False."
         )
-    if config.reprojection_k < 1:
-        raise ValueError(f"reprojection_k={config.reprojection_k} must be at least 1.")
     warmup = config.reprojection_warmup_steps
     if warmup >= 1 and warmup != int(warmup):
         raise ValueError(

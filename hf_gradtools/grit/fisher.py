@@ -42,9 +42,10 @@ class RankFisher:
     def add(self, activations: Tensor, grads: Tensor, mask: Tensor | None, loss_divisor: Tensor | float) -> None:
         """Counts tokens: activations `[..., R]`, gradients `[..., R]` of the loss, `mask` `[T]` of the real ones."""
         a, b = (x.flatten(0, -2).to(self.sums.dtype) for x in (activations, grads))
-        b = b * loss_divisor
+        b = b * (loss_divisor.to(b.device) if isinstance(loss_divisor, Tensor) else loss_divisor)
         if mask is not None:
-            a, b = a * mask[:, None], b * mask[:, None]
+            gone = ~mask.to(a.device)[:, None]  # filled, not multiplied: what stands at padding may be NaN
+            a, b = a.masked_fill(gone, 0), b.masked_fill(gone, 0)
         self.sums[0].addmm_(a.mT, a)
         self.sums[1].addmm_(b.mT, b)
         self.tokens += len(a) if mask is None else mask.sum()
@@ -60,7 +61,7 @@ class RankFisher:
 
     def restore(self, average: Tensor, weight: float, samples: float) -> None:
         """Takes over what was saved, of whatever rank."""
-        self.average = average.to(self.average.device)
+        self.average = average.to(self.average)
         self.weight, self.samples = weight, samples
         self.sums, self.tokens = torch.zeros_like(self.average), torch.zeros_like(self.tokens)
 
@@ -78,7 +79,7 @@ def fold(fishers: Sequence[RankFisher], ema_decay: float | None, grad_scale: flo
     Args:
         fishers: of all layers, in the same order on every rank.
         ema_decay: of an exponential moving average; None for the mean over everything seen.
-        grad_scale: the loss scaler's factor on the gradients.
+        grad_scale: what all gradients of the step are still multiplied with, such as a loss scaler's factor.
 
     Returns:
         how many layers had non-finite sums, which are dropped.

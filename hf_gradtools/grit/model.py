@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from typing import Any
@@ -22,6 +23,8 @@ class GritModel(LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Training writes ranks into the config: a copy, so that the caller's makes the next adapter as this one began.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not steered_layers(self, adapter_name):
             config = self.peft_config[adapter_name]
@@ -77,6 +80,7 @@ class GritModel(LoraModel):
 
         export_lora(self, path, adapter_name)
 
+    # PEFT's internal hook for loading: save_and_load.py delegates the method-specific part to it.
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: GritConfig, adapter_name: str, state_dict: dict[str, Tensor]

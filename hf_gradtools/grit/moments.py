@@ -39,11 +39,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 def change_basis(optimizer: torch.optim.Optimizer, parameter: Parameter, transform: Callable[[Tensor], Tensor],
                  squared: Callable[[Tensor], Tensor]) -> None:  # fmt: skip
     """Applies `transform` to the averages of gradients in a parameter's state, `squared` to those of their squares."""
-    for name, value in optimizer.state.get(parameter, {}).items():
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
         if name in LINEAR and value is not None:
-            optimizer.state[parameter][name] = transform(value.double()).to(value.dtype)
+            state[name] = transform(value.double()).to(value.dtype)
         elif name in SQUARED:
-            optimizer.state[parameter][name] = squared(value.double()).to(value.dtype)
+            state[name] = squared(value.double()).to(value.dtype)
+    if "grad_avg" in state:  # centred RMSprop takes the root of their difference
+        state["square_avg"] = torch.maximum(state["square_avg"], state["grad_avg"].square())
 
 
 def replace_parameter(optimizer: torch.optim.Optimizer, old: Parameter, new: Parameter) -> None:

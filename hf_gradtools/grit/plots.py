@@ -6,7 +6,6 @@ All of them are `matplotlib.figure.Figure` objects of their own; pyplot and its 
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 from hf_gradtools.core.curvature import eigenbasis
 from hf_gradtools.core.store import atomic_write
 from hf_gradtools.grit.controller import GritController
-from hf_gradtools.grit.report import rank_report
+from hf_gradtools.grit.report import read_report
 
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def plot_ranks(report: Report | GritController, path: str | os.PathLike[str] | N
     Raises:
         ImportError: matplotlib is not installed.
     """
-    report = _report_of(report)
+    report = read_report(report)
     kinds: dict[str, list[tuple[_Place, dict[str, Any]]]] = {}
     for place, row in sorted(((_place(name), row) for name, row in report["layers"].items()), key=lambda x: x[0]):
         kinds.setdefault(place.kind, []).append((place, row))
@@ -124,7 +123,7 @@ def plot_heatmaps(
     """
     if show not in HEATMAP_KINDS:
         raise ValueError(f"show={show!r} is unknown. Pass one of {', '.join(map(repr, HEATMAP_KINDS))}.")
-    factors = _factors(controller)
+    factors = {layer.name: f.cpu() for layer, f in controller.live_factors()}
     names = _choose(factors, layers)
     if layers is None and len(names) > HEATMAP_LAYERS:
         names = [names[round(i * (len(names) - 1) / (HEATMAP_LAYERS - 1))] for i in range(HEATMAP_LAYERS)]
@@ -171,31 +170,13 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _report_of(source: Report | GritController) -> dict[str, Any]:
-    if isinstance(source, GritController):
-        return rank_report(source)
-    report = json.loads(Path(source).read_bytes()) if isinstance(source, (str, os.PathLike)) else source
-    if not isinstance(report, dict) or not report.get("layers"):
-        raise ValueError("report has no layers. Pass what rank_report(controller) returns, or grit_ranks.json.")
-    return report
-
-
-def _factors(controller: GritController) -> dict[str, Any]:
-    """`[2, K, K]` of the coordinates in use, by layer."""
-    live = controller.live_ranks
-    return {
-        layer.name: factors.detach().cpu()[:, : live[layer.name], : live[layer.name]]
-        for layer, factors in controller.measured_layers()
-    }
-
-
 def _spectra_of(source: Report | GritController) -> dict[str, dict[str, np.ndarray]]:
     """By layer and key of `SPECTRA`, each as shares of its sum."""
-    rows = _report_of(source)["layers"]
+    rows = read_report(source)["layers"]
     spectra = {name: {"balanced": row["balanced"]} for name, row in rows.items() if row.get("balanced")}
     if isinstance(source, GritController):
-        for name, factors in _factors(source).items():
-            spectra[name] |= dict(zip("ag", eigenbasis(factors)[0].tolist(), strict=True))
+        for layer, factors in source.live_factors():
+            spectra[layer.name] |= dict(zip("ag", eigenbasis(factors)[0].tolist(), strict=True))
     return {name: {key: _shares(values) for key, values in row.items()} for name, row in spectra.items()}
 
 

@@ -45,13 +45,13 @@ class Preconditioner:
 
     Args:
         turns: at most one for each parameter.
-        rotate: the matrices are orthogonal and the optimizer is to work in their coordinates (rank-SOAP); else the
+        rotates: the matrices are orthogonal and the optimizer is to work in their coordinates (rank-SOAP); else the
             gradient is multiplied and that is all.
         keep_norm: give each gradient its norm back (grafting); a rotation keeps it anyway.
     """
 
-    def __init__(self, turns: Sequence[Turn], rotate: bool, keep_norm: bool):
-        self.rotate, self.keep_norm = rotate, keep_norm
+    def __init__(self, turns: Sequence[Turn], rotates: bool, keep_norm: bool):
+        self.rotates, self.keep_norm = rotates, keep_norm
         grouped: dict[tuple[object, ...], list[Turn]] = defaultdict(list)
         for turn in turns:
             grouped[turn.parameter.shape, turn.is_up, turn.parameter.dtype, turn.parameter.device].append(turn)
@@ -73,8 +73,8 @@ class Preconditioner:
             if not grads:
                 continue
             stacked = torch.stack(grads).to(matrices.dtype)
-            turned = _multiply(stacked, matrices.mT if self.rotate and not group.is_up else matrices, group.is_up)
-            if self.keep_norm and not self.rotate:
+            turned = _multiply(stacked, matrices.mT if self.rotates and not group.is_up else matrices, group.is_up)
+            if self.keep_norm and not self.rotates:
                 turned = graft(turned, stacked)
             torch._foreach_copy_(grads, list(turned.unbind()))
 

@@ -5,17 +5,17 @@ They are added to the gradients just before the step: no trainer's loss is touch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_gradtools.core.curvature import energies, projectors, rank_for_energy
+from hf_gradtools.grit.cut import kept_projectors
 
 
 if TYPE_CHECKING:
     from hf_gradtools.grit.config import GritConfig
+    from hf_gradtools.grit.controller import GritController
     from hf_gradtools.grit.layer import SteeredLayer
 
 
@@ -52,51 +52,59 @@ def projection_distance(A: Tensor, B: Tensor, left: Tensor, right: Tensor) -> tu
     )
 
 
-@torch.no_grad()
-def add_regularizer_grads(
-    config: GritConfig, measured: Sequence[tuple[SteeredLayer, Tensor]], step: int, scale: Any = 1.0
-) -> dict[str, Tensor]:
-    """Adds the weighted gradients of both regularisers to `.grad`.
+class Regularizers:
+    """Adds the weighted gradients of both regularisers to `.grad`."""
 
-    Args:
-        config: weights, warm-up, and the cut whose distance is meant.
-        measured: layers and their factors `[2, R, R]`.
-        step: optimizer steps taken.
-        scale: of the gradients that are there.
+    def __init__(self, config: GritConfig):
+        self.config = config
+        self._projectors: dict[str, tuple[Tensor, Tensor]] | None = None
 
-    Returns:
-        the weighted regularisers, by what to log them as.
-    """
-    ramp = min(1.0, (step + 1) / max(config.regularizer_warmup_steps, 1))
-    losses: dict[str, Tensor] = {}
-    if config.lambda_kfac:
-        losses["loss_kfac"] = _add(config.lambda_kfac * ramp, scale, measured, curvature_energy)
-    if config.lambda_reproj:
+    def forget(self) -> None:
+        """Factors or ranks have changed: what a cut would keep is to be found anew."""
+        self._projectors = None
 
-        def distance(A: Tensor, B: Tensor, activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N803
-            left, right = _kept(config, activation, gradient)
-            return projection_distance(A, B, left.to(A), right.to(B))
+    @torch.no_grad()
+    def add_grads(self, controller: GritController, scale: Any = 1.0) -> dict[str, Tensor]:
+        """Adds to the gradients of one step.
 
-        losses["loss_reproj"] = _add(config.lambda_reproj * ramp, scale, measured, distance)
-    return losses
+        Args:
+            controller: holds layers and factors.
+            scale: of the gradients that are there.
+
+        Returns:
+            the weighted regularisers, by what to log them as.
+        """
+        config, losses = self.config, {}
+        ramp = min(1.0, (controller.step + 1) / max(config.regularizer_warmup_steps, 1))
+        if config.lambda_kfac:
+            weight = config.lambda_kfac * ramp
+            terms = {
+                layer: curvature_energy(layer.A.to(f), layer.B.to(f), *f)
+                for layer, f in controller.measured_layers()
+                if _takes_part(layer)
+            }
+            losses["loss_kfac"] = _add(terms, weight, scale)
+        if config.lambda_reproj:
+            if self._projectors is None:
+                self._projectors = kept_projectors(controller)
+            weight = config.lambda_reproj * ramp
+            terms = {
+                layer: projection_distance(layer.A, layer.B, *(p.to(layer.A) for p in self._projectors[layer.name]))
+                for layer in controller.layers
+                if layer.name in self._projectors and _takes_part(layer)
+            }
+            losses["loss_reproj"] = _add(terms, weight, scale)
+        return losses
 
 
-def _add(weight: float, scale: Any, measured: Sequence[tuple[SteeredLayer, Tensor]], energy: Any) -> Tensor:
+def _takes_part(layer: SteeredLayer) -> bool:
+    return layer.A.grad is not None and layer.B.grad is not None
+
+
+def _add(terms: dict[SteeredLayer, tuple[Tensor, Tensor, Tensor]], weight: float, scale: Any) -> Tensor:
     total = torch.zeros(())
-    for layer, factors in measured:
-        if layer.A.grad is None or layer.B.grad is None:
-            continue
-        value, to_a, to_b = energy(layer.A.to(factors), layer.B.to(factors), *factors)
+    for layer, (value, to_a, to_b) in terms.items():
         layer.A.grad += (weight * scale * to_a).to(layer.A.dtype)
         layer.B.grad += (weight * scale * to_b).to(layer.B.dtype)
         total = total.to(value) + weight * value
     return total
-
-
-def _kept(config: GritConfig, activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    method, rank = config.reprojection or "balanced", min(config.reprojection_k, activation.shape[-1])
-    if config.enable_rank_adaptation:
-        least = min(config.min_lora_rank, activation.shape[-1])
-        spectrum = energies(method, activation, gradient)
-        rank = int(rank_for_energy(spectrum, config.rank_adaptation_threshold, least))
-    return projectors(method, activation, gradient, rank)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +31,12 @@ def figures(controller: GritController) -> dict[str, float]:
         "skipped_sums": float(controller.skipped_sums),
         "failed_inversions": float(controller.failed_inversions),
     }
-    rows = [_spectra(controller, name, factors) for name, factors in _factors(controller).items()]
-    for name in ("effective_rank_a", "effective_rank_g", "top_eigenvalue_a", "top_eigenvalue_g"):
-        if rows:
-            values[name] = sum(row[name] for row in rows) / len(rows)
+    spectra = [eigenbasis(factors)[0] for _, factors in _by_rank(controller)]  # [M, 2, R] each
+    if spectra:
+        effective, top = torch.cat([effective_rank(x) for x in spectra]), torch.cat([x[..., 0] for x in spectra])
+        for i, letter in enumerate("ag"):
+            values[f"effective_rank_{letter}"] = float(effective[:, i].mean())
+            values[f"top_eigenvalue_{letter}"] = float(top[:, i].mean())
     return values
 
 
@@ -43,31 +49,40 @@ def rank_report(controller: GritController) -> dict[str, Any]:
         `parameters`, `base_parameters`, `reduction` of all.
     """
     report = controller.tuner.rank_report(controller.adapter)
-    for name, factors in _factors(controller).items():
-        report["layers"][name] |= _spectra(controller, name, factors)
-    return {"steps": controller.step, "threshold": controller.config.rank_adaptation_threshold, **report}
+    threshold = controller.config.rank_adaptation_threshold
+    for names, factors in _by_rank(controller):
+        values = eigenbasis(factors)[0]
+        columns = {
+            ("k_a", "k_b"): rank_for_energy(values, threshold, 1),
+            ("effective_rank_a", "effective_rank_g"): effective_rank(values),
+            ("top_eigenvalue_a", "top_eigenvalue_g"): values[..., 0],
+        }
+        balanced = energies("balanced", *factors.unbind(1)).tolist()
+        for i, name in enumerate(names):
+            for titles, column in columns.items():
+                report["layers"][name] |= dict(zip(titles, column[i].tolist(), strict=True))
+            report["layers"][name]["balanced"] = balanced[i]
+    return {"steps": controller.step, "threshold": threshold, **report}
 
 
-def _factors(controller: GritController) -> dict[str, Tensor]:
-    """Of the coordinates in use, by layer."""
-    return {
-        layer.name: factors[:, :live, :live].cpu()
-        for layer, factors in controller.measured_layers()
-        for live in [controller.live_ranks[layer.name]]
-    }
+def read_report(source: GritController | dict[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+    """The report of a controller, or one that was kept: itself, or the path of `grit_ranks.json`.
+
+    Raises:
+        ValueError: it has no layers.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        report = json.loads(Path(source).read_bytes())
+    else:
+        report = source if isinstance(source, dict) else rank_report(source)
+    if not isinstance(report, dict) or not report.get("layers"):
+        raise ValueError("the report has no layers. Pass a controller, rank_report(controller), or grit_ranks.json.")
+    return report
 
 
-@torch.no_grad()
-def _spectra(controller: GritController, name: str, factors: Tensor) -> dict[str, Any]:
-    values, _ = eigenbasis(factors)
-    k_a, k_b = rank_for_energy(values, controller.config.rank_adaptation_threshold, 1).tolist()
-    effective_a, effective_g = effective_rank(values).tolist()
-    return {
-        "k_a": k_a,
-        "k_b": k_b,
-        "effective_rank_a": effective_a,
-        "effective_rank_g": effective_g,
-        "top_eigenvalue_a": float(values[0, 0]),
-        "top_eigenvalue_g": float(values[1, 0]),
-        "balanced": energies("balanced", *factors).tolist(),
-    }
+def _by_rank(controller: GritController) -> list[tuple[list[str], Tensor]]:
+    """Names, and factors `[M, 2, R, R]` on the CPU, of all measured layers of one rank at a time."""
+    groups: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for layer, factors in controller.live_factors():
+        groups[factors.shape[-1]][layer.name] = factors.cpu()
+    return [(list(members), torch.stack(list(members.values()))) for members in groups.values()]

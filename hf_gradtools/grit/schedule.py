@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 
@@ -19,7 +20,8 @@ class LossWindow:
         self.losses = deque(losses or [], maxlen=WINDOW)
 
     def observe(self, loss: float) -> None:
-        self.losses.append(loss)
+        if math.isfinite(loss):  # one that is not says nothing of the trend
+            self.losses.append(loss)
 
     def frequency(self, base: int) -> int:
         """`base` steps × 1.5 while the loss improves (second half of a full window more than 1 % below the first),

@@ -31,7 +31,7 @@ def save_state(controller: GritController, folder: str | os.PathLike[str]) -> No
             tensors[f"{layer.name}/basis"] = controller.bases[layer.name].cpu().contiguous()
         layers[layer.name] = [fisher.weight, fisher.samples, controller.live_ranks[layer.name]]
     header = {name: getattr(controller, name) for name in COUNTERS}
-    header |= {"layers": layers, "losses": list(controller.losses.losses)}
+    header |= {"layers": layers, "losses": list(controller.losses.losses), "config": _meaning(controller)}
     with atomic_write(Path(folder) / STATE_FILE) as file:
         file.write(save(tensors, {"grit": json.dumps(header)}))
 
@@ -51,6 +51,12 @@ def load_state(controller: GritController, folder: str | os.PathLike[str]) -> No
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["grit"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name, value in _meaning(controller).items():
+        if header["config"][name] != value:
+            raise ValueError(
+                f"the run in {path.parent} has {name}={header['config'][name]!r}, not {value!r}. Resume with the "
+                "GritConfig that it began with."
+            )
     _check(controller, header["layers"], tensors, path)
     for layer in controller.layers:
         weight, samples, controller.live_ranks[layer.name] = header["layers"][layer.name]
@@ -62,6 +68,11 @@ def load_state(controller: GritController, folder: str | os.PathLike[str]) -> No
     for loss in header["losses"]:
         controller.losses.observe(loss)
     controller.continue_from_state()
+
+
+def _meaning(controller: GritController) -> dict[str, Any]:
+    """The options without which the tensors mean something else."""
+    return {name: getattr(controller.config, name) for name in ("preconditioner", "kfac_exponent", "statistics")}
 
 
 def _check(controller: GritController, layers: dict[str, Any], tensors: dict[str, Any], path: Path) -> None:

@@ -21,8 +21,8 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from hf_gradtools.core.store import write_json_atomically
+from hf_gradtools.grit.checks import find_tuner
 from hf_gradtools.grit.config import GritConfig
-from hf_gradtools.grit.controller import find_tuner
 from hf_gradtools.grit.train_config import GritTrainConfig
 from hf_gradtools.grit.trainer import GritTrainer
 from hf_gradtools.workflow.causal_lm import (
@@ -150,7 +150,6 @@ def _adapter_config(config: GritTrainConfig) -> GritConfig:
     options = {
         "r": config.rank,
         "lora_alpha": config.alpha or 2 * config.rank,
-        "min_lora_rank": min(GritConfig.min_lora_rank, config.rank),
         "target_modules": "all-linear" if named == ["all-linear"] else named,
         "task_type": "CAUSAL_LM",
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 from transformers import Seq2SeqTrainer
@@ -9,7 +11,8 @@ from transformers.modelcard import TrainingSummary
 
 from hf_gradtools.grit.callback import GritCallback
 from hf_gradtools.grit.card import write_grit_card
-from hf_gradtools.grit.controller import GritController, find_tuner
+from hf_gradtools.grit.checks import find_tuner
+from hf_gradtools.grit.controller import GritController
 from hf_gradtools.hub import is_hub_id
 
 
@@ -20,9 +23,10 @@ class GritTrainer(Seq2SeqTrainer):
     """Trains a GRIT adapter, of an encoder-decoder or a causal LM.
 
     Args:
-        *args, clip: `"before"` clips the loss's gradient, as every Trainer does, and turns it afterwards (grafting
+        *args: of [`~transformers.Seq2SeqTrainer`].
+        clip: `"before"` clips the loss's gradient, as every Trainer does, and turns it afterwards (grafting
             keeps its norm); `"after"` clips what the preconditioner returns, as GRIT's paper does.
-        **kwargs: of [`~transformers.Seq2SeqTrainer`].
+        **kwargs: of [`~transformers.Seq2SeqTrainer`]; a [`GritCallback`] among its callbacks is used as it is.
 
     Attributes:
         controller: the [`GritController`] of the current or last run.
@@ -36,25 +40,37 @@ class GritTrainer(Seq2SeqTrainer):
             raise ValueError(f"clip={clip!r} is unknown. Pass one of {', '.join(map(repr, CLIPS))}.")
         super().__init__(*args, **kwargs)
         self.clip = clip
-        self._grit = GritCallback(self)
-        self.add_callback(self._grit)
-        self._grit.on_init_end(self.args, self.state, self.control, model=self.model)  # that event is over
+        given = [x for x in self.callback_handler.callbacks if isinstance(x, GritCallback)]
+        self._grit = given[0] if given else GritCallback()
+        self._grit.set_trainer(self)
+        if not given:
+            self.add_callback(self._grit)
+            self._grit.on_init_end(self.args, self.state, self.control, model=self.model)  # that event is over
 
     @property
     def controller(self) -> GritController | None:
         return self._grit.controller
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As [`~transformers.Trainer.train`]; a checkpoint outside `output_dir` is found too."""
-        self._grit.resume_from_checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            resume_from_checkpoint = self._grit.resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self._grit.resume_from_checkpoint = None
             self._grit.close()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.clip == "after" and self.controller is not None and not self.controller.config.is_passive:
-            self.controller.precondition()
+        controller = self.controller
+        if self.clip == "after" and controller is not None and not controller.config.is_passive:
+            self.accelerator.unscale_gradients(self.optimizer)
+            if math.isfinite(controller.grad_norm()):
+                controller.precondition()
+            else:
+                controller.begin_step()  # the loss scaler will skip this step
         return super()._clip_grad_norm(model)
 
     def create_model_card(

@@ -25,8 +25,10 @@ from tests.grit.reference import adapted, base_model, rows, trainer
         ({"rank_allocation": "all"}, "rank_allocation='all'"),
         ({"statistics": "median"}, "statistics='median'"),
         ({"kfac_damping": 0.0}, "kfac_damping=0.0 must be positive"),
-        ({"kfac_update_freq": 0}, "kfac_update_freq=0 must be at least 1"),
+        ({"kfac_update_freq": 0}, "kfac_update_freq=0 must be a whole number of at least 1"),
         ({"grit_cov_update_freq": 0}, "grit_cov_update_freq=0"),
+        ({"kfac_update_freq": 2.5}, "kfac_update_freq=2.5 must be a whole number"),
+        ({"lambda_kfac": float("nan")}, "lambda_kfac=nan"),
         ({"reprojection_k": 0}, "reprojection_k=0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"lambda_kfac": -1.0}, "lambda_kfac=-1.0"),
@@ -42,7 +44,8 @@ def test_config(options, message):
 def test_presets_and_seed_names():
     assert GritConfig.preset("long").reprojection_freq == 300
     assert GritConfig.preset("short", r=4).r == 4
-    assert GritConfig.preset("seed").rank_allocation == "layer"
+    assert GritConfig.preset("seed").reprojection == "two_sided"
+    assert GritConfig(r=2).least_rank == 2
     assert GritConfig(lora_rank=5).r == 5
     assert GritConfig(use_two_sided_reprojection=True).reprojection == "two_sided"
     assert GritConfig(use_two_sided_reprojection=False).reprojection == "one_sided"

@@ -215,7 +215,7 @@ def test_callback_writes_a_card_of_any_trainer(tmp_path):
 
 
 def test_wrong_source_and_template_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="source has no layers"):
+    with pytest.raises(ValueError, match="the report has no layers"):
         write_grit_card(tmp_path, {"layers": {}})
     with pytest.raises(ValueError, match=r"template_name='other.md' is unknown. Pass one of .*grit_card.md"):
         write_card(tmp_path, "other.md", ModelCardData())
