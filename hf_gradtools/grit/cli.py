@@ -145,7 +145,6 @@ def _read_report(adapter: str) -> dict[str, Any]:
     from peft import PeftConfig
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    from hf_gradtools.grit.callback import RANKS_FILE
     from hf_gradtools.grit.config import GritConfig
 
     try:
@@ -159,13 +158,11 @@ def _read_report(adapter: str) -> dict[str, Any]:
     if not isinstance(config, GritConfig):
         raise ValueError(f"adapter {adapter!r} is of type {config.peft_type}. Pass one that GRIT has trained.")
     layers = _read_layers(config, weights)
-    try:
-        trained = json.loads(_file(adapter, RANKS_FILE).read_bytes())
-    except OSError:  # a checkpoint, or an adapter moved without it
-        trained = {"layers": {}}
+    trained = _read_trained(adapter)
     for name, row in layers.items():
         # What was measured of another adapter, left in the same folder, says nothing of this one.
-        if (measured := trained["layers"].get(name, {})).get("rank") == row["rank"]:
+        measured = trained["layers"].get(name)
+        if isinstance(measured, dict) and measured.get("rank") == row["rank"]:
             layers[name] = {**measured, **row}
     after = sum(row["parameters"] for row in layers.values())
     before = sum(row["parameters"] // row["rank"] * row["base_rank"] for row in layers.values())
@@ -178,19 +175,34 @@ def _read_report(adapter: str) -> dict[str, Any]:
     }
 
 
+def _read_trained(adapter: str) -> dict[str, Any]:
+    """What training has measured; nothing of a checkpoint, of an adapter moved without the file, of another file."""
+    from hf_gradtools.grit.callback import RANKS_FILE
+    from hf_gradtools.grit.report import read_report
+
+    try:
+        report = read_report(_file(adapter, RANKS_FILE))
+    except (OSError, ValueError):
+        return {"layers": {}}
+    return report if isinstance(report["layers"], dict) else {"layers": {}}
+
+
 def _read_layers(config: GritConfig, weights: Path) -> dict[str, dict[str, int]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from hf_gradtools.grit.model import initial_rank
 
     layers = {}
-    with safe_open(weights, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-    for key, (rank, *fan_in) in shapes.items():
+    try:
+        with safe_open(weights, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}). Save or download the adapter again.") from error
+    for key, shape in shapes.items():
         name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.weight")
-        if found and len(fan_in) == 1:
-            fan_out, _ = shapes[key.replace(".lora_A.", ".lora_B.")]
-            parameters = rank * (fan_in[0] + fan_out)
+        if found and len(shape) == 2:
+            (rank, fan_in), (fan_out, _) = shape, shapes[key.replace(".lora_A.", ".lora_B.")]
+            parameters = rank * (fan_in + fan_out)
             layers[name] = {"rank": rank, "base_rank": initial_rank(config, name), "parameters": parameters}
     if not layers:
         raise ValueError(f"{weights} holds no linear layer of LoRA. Pass a folder that save_pretrained has written.")

@@ -159,3 +159,24 @@ def test_export_writes_the_same_model_as_lora(adapter, tmp_path):
     ours, plain = (AutoPeftModelForCausalLM.from_pretrained(path)(ids).logits for path in (adapter, tmp_path / "lora"))
     torch.testing.assert_close(ours, plain)
     assert "exists already" in refusal(run("export", adapter, tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("ranks", ["[]", "{}", '{"layers": []}', '{"layers": {"a": 3}}', "not json"])
+def test_inspect_without_usable_ranks_file(ranks, tmp_path):
+    from tests.grit.reference import adapted
+
+    adapted().save_pretrained(tmp_path)
+    (tmp_path / "grit_ranks.json").write_text(ranks)
+    done = CliRunner().invoke(app, ["grit", "inspect", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["layers"]) == 14
+
+
+def test_inspect_of_damaged_weights(tmp_path):
+    from tests.grit.reference import adapted
+
+    adapted().save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    done = CliRunner().invoke(app, ["grit", "inspect", str(tmp_path)])
+    assert done.exit_code != 0
+    assert "is damaged" in done.output

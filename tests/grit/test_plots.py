@@ -140,7 +140,7 @@ def test_wrong_choices_are_refused(trained):
         plot_ranks({})
     with pytest.raises(ValueError, match="fewer than kfac_min_samples"):
         plot_spectra({"layers": {"fc": {"rank": 4, "base_rank": 4}}})
-    fresh = GritController(controller.tuner, controller.optimizer)
+    fresh = GritController(controller.tuner, controller.optimizer, total_steps=10)
     with pytest.raises(ValueError, match="fewer than kfac_min_samples"):
         plot_heatmaps(fresh)
 

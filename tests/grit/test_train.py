@@ -129,7 +129,7 @@ def test_qlora_quantises_the_base_model_only(options, checkpointing):
 def test_options_reach_the_adapter_config(options, steps):
     more = {"rank": 2, "preconditioner": "none", "reprojection": "two_sided", "target_modules": "q_proj, v_proj"}
     config = prepare_run(options(**more, **steps)).trainer.model.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.min_lora_rank) == (2, 4, 2)
+    assert (config.r, config.lora_alpha, config.least_rank) == (2, 4, 2)
     assert (config.preconditioner, config.reprojection) == (None, "two_sided")
     assert config.target_modules == {"q_proj", "v_proj"}
     assert config.ng_warmup_steps == (100 if steps else 0)
