@@ -32,7 +32,7 @@ class _GritGroup(TyperGroup):
 
 app = typer.Typer(
     name="hf-gradtools",
-    help="Per-sample gradient information during ordinary Hugging Face training.",
+    help="Gradients as first-class objects of the Hugging Face stack.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -58,7 +58,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Per-sample gradient information during ordinary Hugging Face training."""
+    """Gradients as first-class objects of the Hugging Face stack."""
 
 
 if __name__ == "__main__":
