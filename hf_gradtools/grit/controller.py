@@ -221,15 +221,20 @@ class GritController:
             self.begin_step()
             return
         if not self._is_turned:
-            self.precondition()
+            scale = getattr(optimizer, "grad_scale", None)  # of fused optimizers that unscale by themselves
+            self.precondition(1.0 if scale is None else float(scale))
         if self._preconditioner is not None and self._preconditioner.rotates:
             self._preconditioner.turn_parameters(any(group.get("weight_decay") for group in optimizer.param_groups))
             self._is_rotated = True
 
     @torch.no_grad()
-    def precondition(self) -> None:
+    def precondition(self, grads_scale: float = 1.0) -> None:
         """Takes the step's statistics in, and turns the gradients. Before the optimizer's step it runs by itself; a
-        trainer that clips what comes out of it calls it earlier."""
+        trainer that clips what comes out of it calls it earlier.
+
+        Args:
+            grads_scale: what the gradients in `.grad` are still multiplied with by a loss scaler.
+        """
         self._is_turned = True
         if self._collecting:
             self._fold()
@@ -238,13 +243,12 @@ class GritController:
             not self.bases or self._has_passed(self.config.kfac_update_freq, self.last_refresh)
         ):
             self.refresh()
-        scale = getattr(self.optimizer, "grad_scale", None)
-        losses = self._regularizers.add_grads(self, 1.0 if scale is None else scale)
+        losses = self._regularizers.add_grads(self, grads_scale)
         if self._preconditioner is not None:
             self._preconditioner.turn_gradients()
         if self._collecting:
             self.figures.update({name: float(loss) for name, loss in losses.items()})
-            self.figures["natural_grad_norm"] = self.grad_norm()
+            self.figures["natural_grad_norm"] = self.grad_norm() / grads_scale
 
     def _fold(self) -> None:
         decay = self.config.ema_decay if self.config.statistics == "ema" else None

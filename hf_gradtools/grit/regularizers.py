@@ -5,7 +5,7 @@ They are added to the gradients just before the step: no trainer's loss is touch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Regularizers:
         self._projectors = None
 
     @torch.no_grad()
-    def add_grads(self, controller: GritController, scale: Any = 1.0) -> dict[str, Tensor]:
+    def add_grads(self, controller: GritController, scale: float = 1.0) -> dict[str, Tensor]:
         """Adds to the gradients of one step.
 
         Args:
@@ -101,7 +101,7 @@ def _takes_part(layer: SteeredLayer) -> bool:
     return layer.A.grad is not None and layer.B.grad is not None
 
 
-def _add(terms: dict[SteeredLayer, tuple[Tensor, Tensor, Tensor]], weight: float, scale: Any) -> Tensor:
+def _add(terms: dict[SteeredLayer, tuple[Tensor, Tensor, Tensor]], weight: float, scale: float) -> Tensor:
     total = torch.zeros(())
     for layer, (value, to_a, to_b) in terms.items():
         layer.A.grad += (weight * scale * to_a).to(layer.A.dtype)

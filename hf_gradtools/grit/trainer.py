@@ -66,9 +66,8 @@ class GritTrainer(Seq2SeqTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         controller = self.controller
         if self.clip == "after" and controller is not None and not controller.config.is_passive:
-            self.accelerator.unscale_gradients(self.optimizer)
             if math.isfinite(controller.grad_norm()):
-                controller.precondition()
+                controller.precondition(controller.grad_scale())  # clipping unscales what comes out of it
             else:
                 controller.begin_step()  # the loss scaler will skip this step
         return super()._clip_grad_norm(model)

@@ -271,3 +271,24 @@ def test_reports_survive_json(tmp_path):
     report = json.loads((tmp_path / "grit_ranks.json").read_text())
     assert report["threshold"] == 0.97
     assert len(report["layers"]) == 14
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_loss_scaler_changes_nothing(is_early):
+    """Statistics, regularisers and steps under torch's scaler, with gradients turned before or after unscaling."""
+    results = []
+    for scaled in (False, True):
+        model = adapted(reprojection=None, lambda_kfac=1e-2, preconditioner="kfac", **BUSY).double().train()
+        optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        with GritController(model, optimizer, grad_scale=scaler.get_scale) as controller:
+            for _ in range(4):
+                scaler.scale(model(**batch(rows(4))).loss).backward()
+                if is_early:
+                    controller.precondition(scaler.get_scale())
+                    scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        results.append([p.detach() for p in parameters(model)])
+    assert max(map(gap, *results)) < 1e-10
