@@ -17,6 +17,7 @@ the optimizer stay as they are; what rank-SOAP turned in its state is turned bac
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -185,7 +186,8 @@ class GritController:
 
     def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._collecting and module.training and torch.is_grad_enabled():
-            self._batch = Batch.of(kwargs, module, self.accumulation_steps, after=self._batch)
+            named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+            self._batch = Batch.of({**named, **kwargs}, module, self.accumulation_steps, after=self._batch)
 
     def _note_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = getattr(output, "loss", None)

@@ -294,3 +294,15 @@ def test_factors_are_symmetric_and_positive(seed, tokens, steps, mean):
     values = torch.linalg.eigvalsh(fisher.factors.double())
     torch.testing.assert_close(fisher.factors, fisher.factors.mT, rtol=1e-5, atol=1e-12)
     assert (values >= -1e-6 * values.amax(-1, keepdim=True).clamp_min(1e-30)).all()
+
+
+def test_positional_arguments_are_read_too():
+    model, inputs = adapted(), batch(rows(4, padded=True))
+    by_name = measured(model, inputs)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    with GritController(model.train(), optimizer) as controller:
+        ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        model.base_model(ids, mask, labels=labels).loss.backward()
+        controller.precondition()
+    for name, fisher in controller.fishers.items():
+        assert torch.equal(fisher.factors, by_name.fishers[name].factors)
