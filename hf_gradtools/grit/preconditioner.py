@@ -39,6 +39,15 @@ class _Group:
     before: list[Tensor] = field(default_factory=list)  # parameters before the step, while one is being taken
     turned: list[Tensor] = field(default_factory=list)  # the same as the optimizer saw them
 
+    def multiply(self, values: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
+        """`matrix @ value` for A's, `value @ matrix` for B's."""
+        matrices = self.matrices.mT if transposed else self.matrices
+        values = [value.to(matrices.dtype) for value in values]
+        if not matrices.is_cuda:  # on a CPU stacking costs more than it saves
+            return [v @ m if self.is_up else m @ v for m, v in zip(matrices.unbind(), values, strict=True)]
+        stacked = torch.stack(values)
+        return list((torch.bmm(stacked, matrices) if self.is_up else torch.bmm(matrices, stacked)).unbind())
+
 
 class Preconditioner:
     """Applies :class:`Turn`s.
@@ -69,14 +78,12 @@ class Preconditioner:
     def turn_gradients(self) -> None:
         """Replaces every gradient."""
         for group in self._groups:
-            grads, matrices = _live(group)
-            if not grads:
-                continue
-            stacked = torch.stack(grads).to(matrices.dtype)
-            turned = _multiply(stacked, matrices.mT if self.rotates and not group.is_up else matrices, group.is_up)
+            # A layer that took no part in the step has no gradient; zeros stand in its place.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.parameters]
+            turned = group.multiply(grads, transposed=self.rotates and not group.is_up)
             if self.keep_norm and not self.rotates:
-                turned = graft(turned, stacked)
-            torch._foreach_copy_(grads, list(turned.unbind()))
+                turned = [graft(new, old.to(new)) for new, old in zip(turned, grads, strict=True)]
+            torch._foreach_copy_(grads, turned)
 
     @torch.no_grad()
     def turn_parameters(self, with_values: bool) -> None:
@@ -90,11 +97,8 @@ class Preconditioner:
             group.before = [p.detach().clone() for p in group.parameters]
             group.turned = group.before
             if with_values:
-                matrices = group.matrices if group.is_up else group.matrices.mT
-                group.turned = list(
-                    _multiply(torch.stack(group.before).to(group.matrices.dtype), matrices, group.is_up).unbind()
-                )
-                group.turned = [t.to(p.dtype) for t, p in zip(group.turned, group.parameters, strict=True)]
+                turned = group.multiply(group.before, transposed=not group.is_up)
+                group.turned = [t.to(p.dtype) for t, p in zip(turned, group.parameters, strict=True)]
                 torch._foreach_copy_(group.parameters, group.turned)
 
     @torch.no_grad()
@@ -104,22 +108,11 @@ class Preconditioner:
         Only the step goes through a rotation, so parameters in half precision do not collect its rounding.
         """
         for group in self._groups:
-            steps = torch.stack(torch._foreach_sub(group.parameters, group.turned)).to(group.matrices.dtype)
-            back = _multiply(steps, group.matrices.mT if group.is_up else group.matrices, group.is_up)
-            new = torch.stack(group.before).to(group.matrices.dtype) + back
-            torch._foreach_copy_(group.parameters, list(new.to(group.parameters[0].dtype).unbind()))
+            steps = torch._foreach_sub([p.detach() for p in group.parameters], group.turned)
+            back = group.multiply(steps, transposed=group.is_up)
+            new = [p.to(step.dtype) + step for p, step in zip(group.before, back, strict=True)]
+            torch._foreach_copy_(group.parameters, new)
             group.before, group.turned = [], []
-
-
-def _live(group: _Group) -> tuple[list[Tensor], Tensor]:
-    """The gradients that exist, and their matrices; a layer that took no part in the step has none."""
-    live = [i for i, p in enumerate(group.parameters) if p.grad is not None]
-    grads = [group.parameters[i].grad for i in live]
-    return grads, group.matrices if len(live) == len(group.parameters) else group.matrices[live]  # type: ignore[return-value]
-
-
-def _multiply(values: Tensor, matrices: Tensor, is_up: bool) -> Tensor:
-    return torch.bmm(values, matrices) if is_up else torch.bmm(matrices, values)
 
 
 def _working_dtype(parameter: Tensor) -> torch.dtype:
