@@ -69,7 +69,7 @@ def damped_inverse(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         left = left[~good]
         if not len(left):
             return inverse.view(factor.shape), taken.view(factor.shape[:-2])
-    raise torch.linalg.LinAlgError(
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
         f"{len(left)} of {len(flat)} factors are not positive definite at damping {damping * times:g}; "
         "raise kfac_damping, or look for non-finite activations"
     )
@@ -190,20 +190,23 @@ def ranks_for_total_energy(spectra: Sequence[Tensor], sizes: Sequence[int], thre
     density[place < least] = torch.inf  # taken in any case
     order = density.argsort(descending=True, stable=True)
     kept = int(rank_for_energy(energy[order], threshold, int((place < least).sum())))
-    return torch.bincount(owner[order[:kept]], minlength=len(spectra)).tolist()
+    ranks: list[int] = torch.bincount(owner[order[:kept]], minlength=len(spectra)).tolist()
+    return ranks
 
 
 def effective_rank(spectrum: Tensor) -> Tensor:
     """`exp` of the entropy of the normalised spectrum (Roy & Vetterli 2007), `[...]` of `[..., R]`."""
     spectrum = spectrum.double().clamp_min(0)
     shares = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.special.entr(shares).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy.exp()
 
 
 def graft(direction: Tensor, grad: Tensor) -> Tensor:
     """`direction` at the Frobenius norm of `grad`, matrix by matrix: the preconditioner turns, and does not scale."""
     size = torch.linalg.matrix_norm(grad, keepdim=True)
-    return direction * (size / torch.linalg.matrix_norm(direction, keepdim=True).clamp_min(1e-30))
+    grafted: Tensor = direction * (size / torch.linalg.matrix_norm(direction, keepdim=True).clamp_min(1e-30))
+    return grafted
 
 
 def _symmetric(factor: Tensor) -> Tensor:
@@ -222,5 +225,6 @@ def _root(factor: Tensor) -> Tensor:
 def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(factor)
     if not values.isfinite().all():  # LAPACK answers NaN with NaN
-        raise torch.linalg.LinAlgError("a factor is not finite; look for non-finite activations or gradients")
+        reason = "a factor is not finite; look for non-finite activations or gradients"
+        raise torch.linalg.LinAlgError(reason)  # type: ignore[attr-defined]
     return values, vectors
