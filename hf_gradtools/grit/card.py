@@ -227,6 +227,8 @@ def _settings(config: GritConfig) -> list[tuple[str, str]]:
     if config.adaptive_schedule:
         names.append("adaptive_schedule")
     values = {name: getattr(config, name) for name in names}
+    if "min_lora_rank" in values:
+        values["min_lora_rank"] = config.least_rank
     targets = values["target_modules"]
     if isinstance(targets, set) and len(targets) > MAX_TARGETS:  # "all-linear" becomes the name of every layer
         ends = sorted({name.rsplit(".", 1)[-1] for name in targets})
