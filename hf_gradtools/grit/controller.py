@@ -270,7 +270,11 @@ class GritController:
             return  # the step was skipped
         self._is_turned, self._batch = False, None
         self.step += 1
-        if self.step >= self.first_cut_step and self._has_passed(self.config.reprojection_freq, self.last_cut):
+        # After a warm-up the first cut does not wait for a whole interval as well.
+        is_first = self.last_cut == 0 < self.first_cut_step
+        if self.step >= self.first_cut_step and (
+            is_first or self._has_passed(self.config.reprojection_freq, self.last_cut)
+        ):
             self.last_cut = self.step
             self.cut()
         self._collecting = self.step % self.config.grit_cov_update_freq == 0

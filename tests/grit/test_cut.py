@@ -297,8 +297,9 @@ def test_threshold_is_of_the_whole_however_many_cuts(allocation):
     assert model.base_model.ranks() == ranks
 
 
-def test_first_cut_at_a_share_of_training():
-    model = adapted(reprojection_warmup_steps=0.75, reprojection_freq=1, rank_adaptation_threshold=0.5)
+@pytest.mark.parametrize("interval", [1, 50])
+def test_first_cut_at_a_share_of_training(interval):
+    model = adapted(reprojection_warmup_steps=0.75, reprojection_freq=interval, rank_adaptation_threshold=0.5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=r"reprojection_warmup_steps=0.75 is a share of training. Pass total_steps="):
         GritController(model, optimizer)
