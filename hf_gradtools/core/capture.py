@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .layers import EmbeddingRule, Layer, LayerCall, LinearRule, rule_for
+from .calls import Layer, LayerCall
+from .layers import EmbeddingRule, LinearRule, rule_for
 
 
 class Observer(Protocol):
@@ -49,12 +50,15 @@ class LayerCapture:
         layers: from :func:`find_layers`.
         observer: told of every call while its `rows()` is not None.
         takeover: allow takeovers (never of a module whose forward somebody else has patched).
+        frozen: also tap layers whose output needs no gradient, so that a model without trainable parameters runs
+            backward, and only down to the first of these layers.
     """
 
-    def __init__(self, layers: Sequence[Layer], observer: Observer, takeover: bool = False):
+    def __init__(self, layers: Sequence[Layer], observer: Observer, takeover: bool = False, frozen: bool = False):
         self.layers = layers
         self.observer = observer
         self.takeover = takeover
+        self.frozen = frozen
         self._remove: list[Callable[[], Any]] = []
         self._taken_over: set[Layer] = set()  # between a layer's forward and its hook
 
@@ -102,7 +106,7 @@ class LayerCapture:
                     return output
                 if isinstance(layer.rule, EmbeddingRule):
                     output = _one_row_per_sample(output, args, kwargs, rows)
-            return tap(observer, layer, args, kwargs, output)
+            return tap(observer, layer, args, kwargs, _requiring_grad(output) if self.frozen else output)
 
         return hook
 
@@ -183,6 +187,17 @@ class _TakeoverProduct(torch.autograd.Function):
             weight_grad = ctx.observer.take_over(layer, x.detach(), grad).to(weight.dtype)
         bias_grad = grad.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[4] else None
         return None, None, x_grad, weight_grad, bias_grad
+
+
+def _requiring_grad(output: Any) -> Any:
+    """The same values, with what has no history made a leaf of its own."""
+
+    def as_leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+            return value.detach().requires_grad_()
+        return value
+
+    return tree_map(as_leaf, output)
 
 
 def _no_view(tensor: Tensor) -> Tensor:

@@ -9,71 +9,20 @@ that computes something else (a scaled embedding, a `1 + w` norm) must not inher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from . import linear
+from .calls import Layer, LayerCall, directional_derivative, replay
+from .projection import Bases, project_matrix
 from .samples import SampleLayout
 
 
 Targets = dict[str, Tensor]  # parameter name -> [K, *parameter.shape]
-
-
-@dataclass(eq=False)
-class Layer:
-    """A module with parameters of its own that are scored.
-
-    Attributes:
-        name: dotted name in the model.
-        module: the module.
-        parameters: the scored parameters, by name relative to `module`.
-        rule: how its calls become figures.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
-    rule: Rule
-
-
-@dataclass
-class LayerCall:
-    """One call of a layer, as the backward pass completes it.
-
-    Attributes:
-        args, kwargs: what the module was called with, detached.
-        output_grads: gradients of its output tensors (None where an output was not used).
-        parameters: all parameters of the module as the call used them, for layers that are called again.
-        rng_state: random state before the call, likewise.
-        autocast: the reduced precision that the call ran under, likewise.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output_grads: tuple[Tensor | None, ...]
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    rng_state: Tensor | None = None
-    autocast: torch.dtype | None = None
-
-    @property
-    def activations(self) -> Tensor:
-        """The input of a layer that takes a single tensor."""
-        return next(leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
-
-    @property
-    def output_grad(self) -> Tensor:
-        """The output gradient of a layer that returns a single tensor."""
-        (grad,) = self.output_grads
-        assert grad is not None
-        return grad
 
 
 class Rule:
@@ -104,7 +53,7 @@ class Rule:
     def sample_grads(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Iterator[dict[str, Tensor]]:
         """The gradient of each sample in turn, by parameter name. Backward is linear in the output gradients, so a
         sample's gradient is that of the call with everybody else's output gradients set to zero."""
-        outputs, parameters = _replay(layer, call)
+        outputs, parameters = replay(layer, call)
         used = [(out, grad) for out, grad in zip(outputs, call.output_grads, strict=True) if grad is not None]
         for n in range(layout.num_samples):
             result = torch.autograd.grad(
@@ -118,6 +67,33 @@ class Rule:
                 name: torch.zeros_like(parameter) if grad is None else grad
                 for (name, parameter), grad in zip(parameters.items(), result, strict=True)
             }
+
+    def as_matrix(self, name: str, value: Tensor) -> Tensor:
+        """A parameter's gradient (or the parameter) as a matrix `[O, I]`; a vector is `[d, 1]`."""
+        return value.reshape(value.shape[0] if value.ndim else 1, -1)
+
+    def project(
+        self,
+        layer: Layer,
+        call: LayerCall,
+        layout: SampleLayout,
+        bases: Mapping[str, Bases],
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """`P_outᵀ g_n P_in` of every sample, by parameter name: `[num_samples, k_out, k_in]`.
+
+        Args:
+            layer, call, layout: what backward delivered.
+            bases: of each of the layer's parameters, for its gradient as :meth:`as_matrix` gives it.
+            factors: what each entry of a gradient is multiplied by first, shaped like the parameter. It takes the
+                per-sample gradients themselves, one at a time, and no closed form.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in layer.parameters}
+        for grads in self.sample_grads(layer, call, layout):
+            for name, grad in grads.items():
+                grad = grad.to(_wide(grad)) if factors is None else grad.to(_wide(grad)) * factors[name]
+                found[name].append(project_matrix(self.as_matrix(name, grad), bases[name]))
+        return {name: torch.stack(projected) for name, projected in found.items()}
 
     def sq_norms(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Tensor:
         """‖g_n‖² of every sample over the layer's scored parameters: `[num_samples]`."""
@@ -159,6 +135,29 @@ class LinearRule(Rule):
             grads = {"weight": self.oriented(g.mT @ a), "bias": g.sum(0)}
             yield {name: grads[name] for name in layer.parameters}
 
+    def as_matrix(self, name: str, value: Tensor) -> Tensor:
+        return self.oriented(value) if name == "weight" else value[:, None]
+
+    def project(
+        self,
+        layer: Layer,
+        call: LayerCall,
+        layout: SampleLayout,
+        bases: Mapping[str, Bases],
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        if factors is not None:
+            return super().project(layer, call, layout, bases, factors)
+        grad = call.output_grad.to(_wide(call.output_grad))
+        found = {}
+        if "weight" in layer.parameters:
+            out_basis, in_basis = bases["weight"]
+            activations = call.activations.to(grad.dtype)
+            found["weight"] = layout.outer_sums(_onto(grad, out_basis), _onto(activations, in_basis))
+        if "bias" in layer.parameters:
+            found["bias"] = _vector_sums(grad, bases["bias"], layout)
+        return found
+
     def sq_norms(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Tensor:
         norms = []
         for a, g in _sample_tokens(call.activations, call.output_grad, layout):
@@ -191,6 +190,28 @@ class EmbeddingRule(Rule):
                 dense[padding] = 0
             yield {"weight": dense}
 
+    def project(
+        self,
+        layer: Layer,
+        call: LayerCall,
+        layout: SampleLayout,
+        bases: Mapping[str, Bases],
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        out_basis, in_basis = bases["weight"]
+        weight = layer.parameters["weight"]
+        if factors is not None:
+            return super().project(layer, call, layout, bases, factors)
+        ids, grad = _expand_ids(call)
+        grad = grad.to(_wide(grad))
+        if (padding := _padding_idx(layer)) is not None:
+            grad = grad * (ids != padding)[..., None]
+        if out_basis is None:  # a vocabulary no larger than its rank
+            rows = F.one_hot(ids.long(), len(weight)).to(grad.dtype)
+        else:
+            rows = F.embedding(ids, out_basis).to(grad.dtype)
+        return {"weight": layout.outer_sums(rows, _onto(grad, in_basis))}
+
     def sq_norms(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Tensor:
         ids, grad = _expand_ids(call)
         padding, norms = _padding_idx(layer), []
@@ -221,6 +242,19 @@ class ElementwiseRule(Rule):
             (sensitivity @ targets[name].to(sensitivity.dtype).mT).movedim(-1, 0)
             for name, sensitivity in self._sensitivities(layer, call).items()
         ]
+
+    def project(
+        self,
+        layer: Layer,
+        call: LayerCall,
+        layout: SampleLayout,
+        bases: Mapping[str, Bases],
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        found = self._sensitivities(layer, call)
+        if factors is not None:
+            found = {name: value * factors[name] for name, value in found.items()}
+        return {name: _vector_sums(value, bases[name], layout) for name, value in found.items()}
 
     def sample_grads(self, layer: Layer, call: LayerCall, layout: SampleLayout) -> Iterator[dict[str, Tensor]]:
         sensitivities = self._sensitivities(layer, call)
@@ -288,52 +322,6 @@ def rule_for(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Rule:
     return Rule()
 
 
-def directional_derivative(layer: Layer, call: LayerCall, direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """J·G of each output tensor: the layer's forward is replayed and differentiated along `direction` in its
-    parameters, by forward-mode AD, or twice in reverse mode where an operator has no forward mode."""
-    primals = {name: call.parameters[name] for name in direction}
-    tangents = {name: target.to(primals[name].dtype) for name, target in direction.items()}
-
-    def forward(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        output = functional_call(layer.module, {**call.parameters, **values}, call.args, call.kwargs)
-        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-
-    with _replaying(call):
-        try:
-            derivative: tuple[Tensor, ...] = torch.func.jvp(forward, (primals,), (tangents,))[1]
-            return derivative
-        except NotImplementedError:
-            pass
-    with _replaying(call), torch.enable_grad():
-        leaves = {name: value.clone().requires_grad_() for name, value in primals.items()}
-        outputs = forward(leaves)
-        dummies = [torch.zeros_like(out, requires_grad=True) for out in outputs]
-        pulled = torch.autograd.grad(outputs, list(leaves.values()), dummies, create_graph=True, allow_unused=True)
-        products = [(p * tangents[n]).sum() for n, p in zip(leaves, pulled, strict=True) if p is not None]
-        pushed = torch.autograd.grad(products, dummies, allow_unused=True)
-    return tuple(torch.zeros_like(d) if p is None else p for d, p in zip(dummies, pushed, strict=True))
-
-
-def _replay(layer: Layer, call: LayerCall) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Calls the module again on leaves in place of its scored parameters; returns its outputs and those leaves."""
-    leaves = {name: call.parameters[name].detach().requires_grad_() for name in layer.parameters}
-    with _replaying(call), torch.enable_grad():
-        output = functional_call(layer.module, {**call.parameters, **leaves}, call.args, call.kwargs)
-    return tuple(o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), leaves
-
-
-@contextmanager
-def _replaying(call: LayerCall) -> Iterator[None]:
-    """Replays a call with the random state and precision it first ran with, leaving the global ones as they were."""
-    device = call.activations.device
-    devices = [device] if device.type == "cuda" else []
-    precision = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None)
-    with precision, torch.random.fork_rng(devices, enabled=call.rng_state is not None):
-        if call.rng_state is not None:
-            (torch.cuda.set_rng_state if devices else torch.random.set_rng_state)(call.rng_state)
-        yield
-
-
 def _sample_tokens(activations: Tensor, output_grads: Tensor, layout: SampleLayout) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs `[S, I]` and output gradients `[S, O]` of the tokens of each sample in turn."""
     if not output_grads.is_floating_point() or activations.is_floating_point():
@@ -347,6 +335,17 @@ def _nth_sample(values: Tensor, layout: SampleLayout, n: int) -> Tensor:
     rows = layout.by_row(values)
     picked = rows[n] if layout.segments is None else rows[layout.segments == n]
     return picked.reshape(-1, values.shape[-1])
+
+
+def _onto(tokens: Tensor, basis: Tensor | None) -> Tensor:
+    """Tokens `[..., d]` in terms of a basis `[d, k]`: `[..., k]`."""
+    return tokens if basis is None else tokens @ basis.to(tokens.dtype)
+
+
+def _vector_sums(values: Tensor, bases: Bases, layout: SampleLayout) -> Tensor:
+    """A vector parameter's projected gradients `[num_samples, k_out, 1]` from its tokens' shares `[rows, ..., d]`."""
+    projected = _onto(values, bases[0])
+    return layout.outer_sums(projected, projected.new_ones(1).expand(*projected.shape[:-1], 1))
 
 
 def _expand_ids(call: LayerCall) -> tuple[Tensor, Tensor]:

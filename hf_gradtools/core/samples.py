@@ -56,6 +56,21 @@ class SampleLayout:
         summed = tokens.new_zeros(len(tokens), self.num_samples)
         return summed.index_add_(1, self.segments.reshape(-1), tokens.flatten(1))
 
+    def outer_sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """`Σ_t left_t right_tᵀ` over the tokens of each sample: `[num_samples, A, B]`.
+
+        Args:
+            left: `[rows, ..., A]` or `[rows * S, A]`.
+            right: `[rows, ..., B]` or `[rows * S, B]`.
+        """
+        left, right = (self.by_row(x) for x in (left, right))
+        if self.segments is None:
+            left, right = (x.reshape(self.rows, -1, x.shape[-1]) for x in (left, right))
+            return torch.bmm(left.mT, right)
+        lengths = torch.bincount(self.segments.flatten(), minlength=self.num_samples).tolist()
+        pairs = zip(left.flatten(0, -2).split(lengths), right.flatten(0, -2).split(lengths), strict=True)
+        return torch.stack([a.mT @ b for a, b in pairs])
+
     def token_values(self, values: Tensor) -> Tensor:
         """Sums `[K, rows, S, ...]` over the trailing axes: one number per token, `[K, rows, S]`.
 

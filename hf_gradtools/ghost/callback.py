@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import __version__
 from ..core import distributed
@@ -22,6 +21,7 @@ from .engine import GhostDotProd, StepScores
 from .identity import run_identity
 from .layout import infer_layout
 from .loading import load_ghost_dataset
+from .models import base_model, shifts_labels
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
 from .results import GhostValues, ghost_values
 from .rows import MicroBatchRecord, build_rows, sample_losses, target_counts
@@ -131,8 +131,7 @@ class GhostDotProdCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, dataloader: Any
     ) -> None:
         config = self.config
-        base = _base_model(model)
-        shifts = _shifts_labels(base)
+        shifts = shifts_labels(model)
         self._optimizer, self._args = optimizer, args
         if config.optimizer_aware:
             unwrap_optimizer(optimizer)
@@ -362,7 +361,7 @@ class GhostDotProdCallback(TrainerCallback):
     def _open_store(self, model: nn.Module, args: TrainingArguments, state: TrainerState, dataloader: Any) -> RowStore:
         config = self.config
         assert self._engine is not None
-        identity = run_identity(_base_model(model), self._engine.layers, self._validation.sizes(), config)
+        identity = run_identity(base_model(model), self._engine.layers, self._validation.sizes(), config)
         extra = {
             "library_version": __version__,
             "train_rows": _length(dataloader),
@@ -393,19 +392,6 @@ class GhostDotProdCallback(TrainerCallback):
                 state.global_step,
             )
         return store
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _shifts_labels(base: nn.Module) -> bool:
-    """Whether the model's own loss predicts label t+1 at position t."""
-    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
-        return False
-    return base.loss_function is ForCausalLMLoss
 
 
 def _length(dataloader: Any) -> int | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import linear
+from ..core.calls import Layer
 from ..core.distributed import all_reduce_sum, is_sharded, local_part, mean_over_ranks, to_local, world_size
-from ..core.layers import Layer
 
 
 logger = logging.getLogger(__name__)

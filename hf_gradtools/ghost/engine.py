@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import linear
+from ..core.calls import Layer
 from ..core.capture import LayerCapture, find_layers
 from ..core.distributed import mean_over_ranks, world_size
-from ..core.layers import Layer
 from ..core.samples import SampleLayout
 from .coverage import SelfCheck
 from .fused_head import fused_head_layer, install_fused_tap

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.calls import Layer
 from ..core.capture import Observer, tap
-from ..core.layers import Layer, Rule
+from ..core.layers import Rule
 
 
 _CHUNK_TOKENS = 512  # logits of so many tokens exist at a time

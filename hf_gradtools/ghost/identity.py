@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core import distributed
-from ..core.layers import Layer
+from ..core.calls import Layer
 from .config import GhostDotProdConfig
 
 
-_SAMPLED_VALUES = 256  # of every frozen tensor: enough to tell checkpoints apart, nothing to wait for
+_SAMPLED_VALUES = 256  # of every tensor: enough to tell checkpoints apart, nothing to wait for
 
 
 def run_identity(
@@ -41,12 +41,20 @@ def run_identity(
 
 def frozen_fingerprint(model: nn.Module) -> str:
     """A hash of names, shapes and a sample of the values of all frozen parameters."""
+    return _fingerprint((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of names, shapes and a sample of the values of all parameters."""
+    return _fingerprint(model.named_parameters())
+
+
+def _fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            flat = distributed.to_local(parameter.detach()).reshape(-1)
-            stride = max(1, flat.numel() // _SAMPLED_VALUES)
-            values = flat[::stride][:_SAMPLED_VALUES].cpu().contiguous()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+    for name, parameter in parameters:
+        flat = distributed.to_local(parameter.detach()).reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED_VALUES)
+        values = flat[::stride][:_SAMPLED_VALUES].cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

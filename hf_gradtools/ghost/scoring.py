@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import linear
-from ..core.layers import Layer, LayerCall, LinearRule
+from ..core.calls import Layer, LayerCall
+from ..core.layers import LinearRule
 from ..core.samples import SampleLayout
 from .coverage import parameter_groups
 

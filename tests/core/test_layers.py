@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_gradtools.core import linear
+from hf_gradtools.core.calls import LayerCall
 from hf_gradtools.core.capture import find_layers
-from hf_gradtools.core.layers import ElementwiseRule, EmbeddingRule, LayerCall, LinearRule, Rule, rule_for
+from hf_gradtools.core.layers import ElementwiseRule, EmbeddingRule, LinearRule, Rule, rule_for
 from hf_gradtools.core.samples import SampleLayout
 from hf_gradtools.ghost.engine import GhostDotProd
 

@@ -1,0 +1,102 @@
+"""How gradients are projected. Imports nothing heavy, so that the command line can show the options at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+
+BASES = ("orthonormal", "gaussian", "rademacher", "pca")
+REDUCTIONS = ("mean", "sum")
+DTYPES = ("float16", "bfloat16", "float32")
+DEFAULT_DIM = 1024
+DEFAULT_RANK = 64  # of both sides, before the sketch
+
+Rank = int | tuple[int | None, int | None] | None
+
+
+@dataclass
+class GradProjConfig:
+    """What is stored of every sample's gradient.
+
+    Args:
+        proj_rank_total: numbers stored per sample; default 1024. With one stage it is split over the parameters
+            (equal shares, as square as the sides allow; what small ones cannot use goes to the others).
+        rank: (k_in, k_out) of every weight's first stage, an int for both, None in the place of a side that is to
+            stay whole: `(None, 16)` is one-sided, `(None, None)` the exact gradient. Default 64 with two stages. With
+            one stage it takes the place of `proj_rank_total`. A vector of weights gets as many numbers as a matrix.
+        stages: 2 adds the first stage of all parameters into `proj_rank_total` numbers by a sparse sketch, 1 keeps
+            them side by side.
+        basis: "orthonormal", "gaussian" or "rademacher" are random and keep inner products in expectation; "pca"
+            takes the main directions of activations and output gradients of some samples: closer, but not unbiased.
+        layers: "all-linear", None for all parameters, or regular expressions of module names.
+        seed: of everything random.
+        loss_reduction: "mean" is the gradient of a sample's mean loss, as if trained on alone; "sum" of its sum.
+        dtype: of the stored numbers.
+        pca_samples: rows that "pca" bases are fitted on.
+        on_uncovered: "error" or "warn" when the projections of the first batch do not account for all of its
+            gradient, as autograd has it; "ignore" saves that check.
+
+    Raises:
+        ValueError: an option is out of range or does not go with another.
+    """
+
+    proj_rank_total: int | None = None
+    rank: Rank = None
+    stages: int = 2
+    basis: Literal["orthonormal", "gaussian", "rademacher", "pca"] = "orthonormal"
+    layers: str | Sequence[str] | None = "all-linear"
+    seed: int = 0
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    pca_samples: int = 32
+    on_uncovered: Literal["error", "warn", "ignore"] = "error"
+
+    def __post_init__(self) -> None:
+        self._check_choice("stages", (1, 2))
+        self._check_choice("basis", BASES)
+        self._check_choice("loss_reduction", REDUCTIONS)
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("on_uncovered", ("error", "warn", "ignore"))
+        self.rank = self._checked_rank()
+        for name in ("proj_rank_total", "pca_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.stages == 1 and self.rank is not None and self.proj_rank_total is not None:
+            raise ValueError(
+                f"proj_rank_total={self.proj_rank_total} and rank={self.rank} both say what one stage stores; pass "
+                "one of them, or stages=2"
+            )
+        if self.proj_rank_total is None and (self.stages == 2 or self.rank is None):
+            self.proj_rank_total = DEFAULT_DIM
+        if self.rank is None and self.stages == 2:
+            self.rank = (DEFAULT_RANK, DEFAULT_RANK)
+
+    def _checked_rank(self) -> tuple[int | None, int | None] | None:
+        if self.rank is None:
+            return None
+        sides = (self.rank, self.rank) if isinstance(self.rank, int) else tuple(self.rank)
+        if len(sides) != 2 or any(k is not None and (not isinstance(k, int) or k < 1) for k in sides):
+            raise ValueError(f"rank={self.rank!r} must be an int >= 1 or (k_in, k_out), None for a whole side")
+        return sides[0], sides[1]
+
+    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+    @property
+    def sketch_dim(self) -> int | None:
+        """Numbers of the second stage, None if there is none."""
+        return self.proj_rank_total if self.stages == 2 else None
+
+    def first_stage(self) -> GradProjConfig:
+        """The same without the sketch."""
+        return self if self.stages == 1 else replace(self, stages=1, proj_rank_total=None)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that the numbers depend on."""
+        free = {"dtype", "on_uncovered", "layers"}
+        return {key: value for key, value in asdict(self).items() if key not in free}

@@ -1,0 +1,309 @@
+"""`GradProjector`: low-dimensional projections of every sample's gradient at fixed weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ... import __version__
+from ...core import distributed
+from ...core.capture import find_layers
+from ...core.projection import Bases, Projection
+from ..identity import weights_fingerprint
+from ..layout import infer_layout
+from ..models import differentiated, load_any_model
+from ..validation import LossFn, model_loss
+from .bases import TokenCollector, bases_digest, load_bases, save_bases
+from .batches import (
+    BatchMaker,
+    Collator,
+    Window,
+    dataset_fingerprint,
+    plan_windows,
+    row_ids,
+    row_lengths,
+    share_of_rank,
+)
+from .blocks import build_projection, find_blocks, principal_bases, random_bases
+from .check import check_coverage
+from .collector import ProjectionCollector
+from .config import GradProjConfig
+from .passes import GradientPass
+from .store import GradientStore, GradientWriter
+
+
+logger = logging.getLogger(__name__)
+
+WINDOW_ROWS = 256
+
+
+class GradProjector:
+    """Projects the gradient of every sample of a dataset, one forward and one backward pass per batch.
+
+    Only output gradients are propagated: the weights need no gradient and none is formed, so a pass costs less than
+    a training step.
+
+    ```python
+    projector = GradProjector(model, proj_rank_total=1024)
+    store = projector.project(tokenized, output_dir="out/gradients", batch_size=16)
+    store.search(queries, k=10)
+    ```
+
+    Args:
+        model: any module that returns a loss, or Hub id or folder of a model or adapter. Gradients are taken in its
+            trainable parameters; where there are none, in the adapters of a PEFT model, or else in all weights.
+        data_collator: makes batches of rows; by default they are padded on the right.
+        loss_fn: `loss_fn(model, batch)`, the mean loss of a batch; default `model(**batch)["loss"]`.
+        optimizer_state: for `precondition="adam"`: a torch Adam or AdamW that trains the model, or the folder of a
+            Trainer checkpoint with `optimizer.pt`.
+        config: the options, or give them by name:
+        **options: fields of :class:`GradProjConfig`.
+
+    Raises:
+        ValueError: an option is out of range, a pattern of `layers` matches nothing, the model cannot be loaded.
+
+    Source: Choe et al., LoGra, arXiv 2405.13954, §3.1; Park et al., TRAK, arXiv 2303.14186, §3.2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        *,
+        data_collator: Collator | None = None,
+        loss_fn: LossFn = model_loss,
+        optimizer_state: torch.optim.Optimizer | str | os.PathLike[str] | None = None,
+        config: GradProjConfig | None = None,
+        **options: Any,
+    ):
+        if config is not None and options:
+            raise ValueError(f"give either config= or {', '.join(options)}, not both")
+        self.config = config or GradProjConfig(**options)
+        self.model: nn.Module = model if isinstance(model, nn.Module) else load_any_model(model)
+        self.data_collator, self.optimizer_state = data_collator, optimizer_state
+        with differentiated(self.model):
+            self.layers = find_layers(self.model, self.config.layers)
+        if not self.layers:
+            raise ValueError(f"layers={self.config.layers!r} leaves no layer; pass layers=None or names of modules")
+        self._pass = GradientPass(self.model, self.layers, loss_fn, self.config.loss_reduction)
+        self.blocks = find_blocks(self.layers, self.config)
+        self._install(random_bases(self.blocks, self.config, self._pass.device))
+        self._is_fitted = self.config.basis != "pca"
+        self._is_checked = self.config.on_uncovered == "ignore"
+
+    @property
+    def dim(self) -> int:
+        """Numbers per sample."""
+        return self.projection.dim
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on: model, layers, options. Rows of another identity do not compare."""
+        weight = next(iter(self.layers[0].parameters.values()))
+        return {
+            "model_class": type(self.model).__name__,
+            "weights": weights_fingerprint(self.model),
+            "model_dtype": str(weight.dtype).removeprefix("torch."),
+            "layers": [layer.name for layer in self.layers],
+            "ranks": {block.name: list(block.ranks) for block in self.blocks},
+            "bases": bases_digest(self.projection.bases) if self.config.basis == "pca" and self._is_fitted else None,
+            **self.config.identity(),
+        }
+
+    # ---- what it is for
+
+    def project(
+        self,
+        dataset: Any,
+        collator: Collator | None = None,
+        output_dir: str | os.PathLike[str] = "gradients",
+        batch_size: int = 8,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        window_rows: int = WINDOW_ROWS,
+    ) -> GradientStore:
+        """Writes one row per sample, in the dataset's order, and returns the store, ready to be searched.
+
+        A run that was killed goes on where it stopped when called again. Under several processes each takes a part.
+
+        Args:
+            dataset: tokenized rows, with labels; their ids are its column `sample_id`, or their numbers.
+            collator: in the place of `data_collator`.
+            output_dir: folder of the store.
+            batch_size: rows of a forward pass; those of like length among `window_rows` share one.
+            extra: JSON values to record with the rows, such as `{"learning_rate": 1e-4}`.
+            window_rows: rows that reach the disk together: what a kill can lose.
+
+        Raises:
+            ValueError: the dataset is empty, has no labels, or a size is out of range.
+            StoreMismatchError: the folder holds gradients of another model, other options or another dataset.
+            UncoveredGradientError: gradients are missing in the projections, see `on_uncovered`.
+        """
+        for name, value in (("batch_size", batch_size), ("window_rows", window_rows)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if len(dataset) == 0:
+            raise ValueError("dataset has 0 rows; GradProjector.project needs at least 1. Pass ds['train'].")
+        self.data_collator = collator or self.data_collator
+        self._prepare(dataset, batch_size, output_dir)
+        windows = plan_windows(row_lengths(dataset), window_rows, batch_size)
+        with self._writer(dataset, output_dir, extra, window_rows) as writer:
+            if not writer.complete:
+                self._write(dataset, share_of_rank(windows, distributed.rank(), distributed.world_size()), writer)
+        return GradientStore.open(output_dir).bind(self)
+
+    def gradients(self, rows: Any, optimizer_aware: bool = False, batch_size: int = 8) -> Tensor:
+        """The projected gradients of a few rows, such as queries: `[Q, dim]` on the CPU.
+
+        Args:
+            rows: as of :meth:`project`, or a list of them.
+            optimizer_aware: of Adam's step along the gradient instead of the gradient, see `optimizer_state`.
+            batch_size: rows of a forward pass.
+
+        Raises:
+            ValueError: a row has no label that counts, or there is no optimizer state.
+        """
+        if len(rows) == 0:
+            raise ValueError("there are 0 rows to take gradients of; pass at least 1")
+        self._prepare(rows, batch_size)
+        return self._gradients(rows, self.projection, optimizer_aware, batch_size)
+
+    def layer_dots(self, queries: Any, rows: Any, batch_size: int = 8) -> dict[str, Tensor]:
+        """By layer, the inner products of the gradients of queries and rows: `[Q, R]` each.
+
+        They are estimated from the first stage, before the sketch adds the layers up.
+        """
+        self._prepare(queries, batch_size)
+        stage_one = build_projection(self.blocks, self.projection.bases, self.config.first_stage(), self._pass.device)
+        ours, theirs = (self._gradients(x, stage_one, False, batch_size) for x in (queries, rows))
+        dots: dict[str, Tensor] = {}
+        for layer in self.layers:
+            for parameter in layer.parameters.values():
+                part = stage_one.slices.pop(self._names[parameter], None)
+                if part is not None:  # a tied parameter counts with its first layer
+                    dots[layer.name] = ours[:, part] @ theirs[:, part].T + dots.get(layer.name, 0.0)
+        return dots
+
+    def fit(self, dataset: Any, batch_size: int = 8) -> None:
+        """Fits "pca" bases on `pca_samples` rows of a dataset, evenly spaced. `project` does it when it has to."""
+        count = min(self.config.pca_samples, len(dataset))
+        chosen = [len(dataset) * i // count for i in range(count)]
+        batches = BatchMaker(self.model, self.data_collator)
+        with self._pass.observed(TokenCollector(self.layers)) as tokens:
+            for start in range(0, count, batch_size):
+                batch = batches(dataset, chosen[start : start + batch_size])
+                tokens.num_rows = infer_layout((), batch).rows
+                self._pass.loss(batch).backward()
+        random = random_bases(self.blocks, self.config, self._pass.device)
+        self.use_bases(principal_bases(self.blocks, self.layers, tokens.tokens(), random, self.config.seed))
+
+    def use_bases(self, bases: Mapping[str, Bases]) -> None:
+        """Takes bases that were fitted before, such as those beside a store.
+
+        Raises:
+            ValueError: they are of other layers.
+        """
+        if set(bases) != {block.name for block in self.blocks}:
+            raise ValueError("the bases are of other layers; pass those of a store of this model and layers=")
+        self._install(bases)
+        self._is_fitted = True
+
+    # ---- how
+
+    @property
+    def _names(self) -> dict[nn.Parameter, str]:
+        return ProjectionCollector(self.layers, self.projection).names
+
+    def _install(self, bases: Mapping[str, Bases]) -> None:
+        self.projection = build_projection(self.blocks, bases, self.config, self._pass.device)
+
+    def _prepare(self, dataset: Any, batch_size: int, folder: str | os.PathLike[str] | None = None) -> None:
+        """Fits the bases if they are to be, and checks once that all of the gradient is projected."""
+        if not self._is_fitted:
+            known = None if folder is None else load_bases(folder, self._pass.device)
+            if known is None:
+                self.fit(dataset, batch_size)
+            else:
+                self.use_bases(known)
+        if folder is not None and self.config.basis == "pca" and distributed.rank() == 0:
+            save_bases(self.projection.bases, folder)
+        if not self._is_checked:
+            batch = BatchMaker(self.model, self.data_collator)(dataset, sorted({0, len(dataset) // 2}))
+            check_coverage(self._pass, self.projection, batch, self.config.on_uncovered)
+            self._is_checked = True
+
+    def _collector(self, projection: Projection, optimizer_aware: bool) -> ProjectionCollector:
+        collector = ProjectionCollector(self.layers, projection)
+        if optimizer_aware:
+            from .adam import adam_factors
+
+            collector.factors = adam_factors(self.optimizer_state, self.model, collector.names)
+        return collector
+
+    def _gradients(self, rows: Any, projection: Projection, optimizer_aware: bool, batch_size: int) -> Tensor:
+        batches = BatchMaker(self.model, self.data_collator)
+        found = torch.empty(len(rows), projection.dim)
+        (window,) = plan_windows(row_lengths(rows), len(rows), batch_size)
+        with self._pass.observed(self._collector(projection, optimizer_aware)) as collector:
+            for indices in window.batches:
+                gradients, counts = self._pass.project(collector, batches(rows, indices))
+                if empty := [i for i, count in zip(indices, counts, strict=True) if count == 0]:
+                    raise ValueError(
+                        f"row {min(empty)} has no label that counts (all are -100 or masked), so it has no gradient; "
+                        "give it labels, or raise the length it is truncated to"
+                    )
+                found[indices] = gradients.float().cpu()
+        return found
+
+    @contextmanager
+    def _writer(
+        self, dataset: Any, folder: str | os.PathLike[str], extra: Mapping[str, Any] | None, window_rows: int
+    ) -> Iterator[GradientWriter]:
+        identity = {
+            **self.identity(),
+            "dataset": dataset_fingerprint(dataset),
+            "dataset_rows": len(dataset),
+            "world_size": distributed.world_size(),
+            "window_rows": window_rows,
+        }
+        named = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        recorded = {"library_version": __version__, "model": named, **(extra or {})}
+        writer = GradientWriter(
+            folder, identity, dim=self.dim, dtype=self.config.dtype, extra=recorded, rank=distributed.rank()
+        )
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def _write(self, dataset: Any, windows: Sequence[Window], writer: GradientWriter) -> None:
+        batches, ids = BatchMaker(self.model, self.data_collator), row_ids(dataset)
+        total = sum(window.stop - window.start for window in windows)
+        empty, done = 0, writer.num_rows
+        with (
+            self._pass.observed(self._collector(self.projection, False)) as collector,
+            tqdm(total=total, initial=done, desc="Projecting", unit="row", smoothing=0.1) as bar,
+        ):
+            for window in windows:
+                if window.stop - windows[0].start <= done:
+                    continue
+                rows = torch.empty(window.stop - window.start, self.dim)
+                counts = torch.zeros(len(rows), dtype=torch.long)
+                for indices in window.batches:
+                    places = torch.tensor(indices) - window.start
+                    gradients, found = self._pass.project(collector, batches(dataset, indices))
+                    rows[places], counts[places] = gradients.float().cpu(), torch.tensor(found)
+                    bar.update(len(indices))
+                empty += int((counts == 0).sum())
+                writer.append({"sample_id": ids[window.start : window.stop], "gradient": rows, "num_tokens": counts})
+        writer.seal()
+        distributed.barrier()
+        writer.finish()
+        distributed.barrier()
+        if empty:
+            logger.warning("%d rows have no label that counts; their gradients are stored as zeros", empty)
