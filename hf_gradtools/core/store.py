@@ -4,43 +4,62 @@ A store is a folder:
 
     manifest.json                 what the rows are (`identity`) and whether they are all there (`complete`)
     shard-00000-00000.arrow       rank 0, shard 0: sealed, memory-mapped by readers
+    shard-00000-00000.sha256      its checksums (`core/checksums.py`)
     shard-00000-00001.inprogress  rank 0, shard 1: grows by one record batch per append
 
 Both kinds of shard are Arrow IPC streams. The folder listing is the truth about the rows, the manifest only about
-their identity, so nothing has to be kept in step. Three rules make every moment a good one to be killed in:
+their identity, so nothing has to be kept in step. Four rules make every moment a good one to be killed in:
 
 - an append is one write at the end of the file, so a kill leaves whole batches and at most one torn tail, which
   readers ignore;
 - every other file appears under its name by `os.replace`, whole and on disk;
-- a sealed shard makes the in-progress file of the same rank and number stale, whether or not it is deleted yet.
+- a sealed shard makes the in-progress file of the same rank and number stale, whether or not it is deleted yet;
+- checksums are on disk before what they describe, and while a shard is replaced those of both versions are.
 
-They hold for a killed process. After a power failure sealed shards are whole too, but the in-progress file may have
-lost appends that the kernel had not written back.
+They hold for a killed process and a full disk. After a power failure sealed shards are whole too, but the in-progress
+file may have lost appends that the kernel had not written back.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import itertools
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .atomic import atomic_write, write_json_atomically
+from .checksums import HashingFile, sidecar_of, versions_of, write_sealed_json, write_sidecar
+from .shards import (
+    CHECKSUMS,
+    IN_PROGRESS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SEALED,
+    StoreMismatchError,
+    as_json,
+    differences,
+    list_shards,
+    map_sealed,
+    read_dataset,
+    read_manifest,
+    read_table,
+    whole_batches,
+)
+
 
 if TYPE_CHECKING:
     from io import FileIO
 
-    from datasets import Dataset
     from typing_extensions import Self
 
 
 __all__ = [
+    "MANIFEST",
     "RowStore",
     "StoreMismatchError",
     "atomic_write",
@@ -50,16 +69,8 @@ __all__ = [
     "write_json_atomically",
 ]
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-SEALED, IN_PROGRESS = ".arrow", ".inprogress"
-SHARD_NAME = re.compile(r"shard-(\d+)-(\d+)\.(arrow|inprogress)")
 ROWS_PER_SEALED_BATCH = 10_000  # few batches for fast random access, yet a bounded copy while sealing
-LISTING_ATTEMPTS = 20
-
-
-class StoreMismatchError(ValueError):
-    """The folder holds rows made with other settings than those given."""
+BYTES_PER_SEALED_BATCH = 16 * 2**20
 
 
 class RowStore:
@@ -100,7 +111,7 @@ class RowStore:
         self.rank = rank
         self.rows_per_shard = rows_per_shard
         self._tmp_suffix = f".{rank:05d}.tmp"
-        self._manifest = self._open_manifest(_as_json({"identity": identity, "extra": extra or {}}))
+        self._manifest = self._open_manifest(as_json({"identity": identity, "extra": extra or {}}))
         self.complete: bool = self._manifest["complete"]
         self._file: FileIO | None = None
         self._number = 0  # of the in-progress file, which exists from the first append on
@@ -111,7 +122,7 @@ class RowStore:
             leftover.unlink()
         self.seal()  # what a killed process left in progress
         sealed = self._sealed_shards()
-        tables = [_map_sealed(shard) for shard in sealed.values()]
+        tables = [map_sealed(shard) for shard in sealed.values()]
         self.num_rows: int = sum(table.num_rows for table in tables)
         self._schema: pa.Schema | None = tables[0].schema if tables else None
         self._number = max(sealed, default=-1) + 1
@@ -152,11 +163,11 @@ class RowStore:
         if self._in_progress_path.exists():  # before all else: if sealing fails, later appends go to another file
             self._number += 1
             self._end = self._rows_in_progress = 0
-        live = _list_shards(self.path).values()
+        live = list_shards(self.path).values()
         for shard in self.path.glob(f"shard-{self.rank:05d}-*{IN_PROGRESS}"):
-            table = _whole_batches(pa.memory_map(str(shard)))
-            if table.num_rows and shard in live:
-                self._write_sealed(shard.with_suffix(SEALED), table)
+            if shard in live:
+                with pa.OSFile(str(shard)) as source:
+                    self._write_sealed(shard.with_suffix(SEALED), whole_batches(source))
             shard.unlink()
 
     def truncate(self, column: str, maximum: float) -> int:
@@ -179,16 +190,21 @@ class RowStore:
         self.seal()
         before = self.num_rows
         for shard in reversed(self._sealed_shards().values()):
-            table = _map_sealed(shard)
-            kept = table.filter(pc.invert(pc.fill_null(pc.greater(table[column], maximum), False)))
-            if kept.num_rows == table.num_rows:
+            table = map_sealed(shard)
+            batches = table.to_batches()
+            masks = [pc.invert(pc.fill_null(pc.greater(batch[column], maximum), False)) for batch in batches]
+            num_kept = sum(pc.sum(mask).as_py() or 0 for mask in masks)
+            if num_kept == table.num_rows:
                 continue
             self._set_complete(False)
-            if kept.num_rows:
+            if num_kept:
+                kept = (batch.filter(mask) for batch, mask in zip(batches, masks, strict=True))
                 self._write_sealed(shard, kept)
             else:
+                write_sidecar(shard, [None, *versions_of(shard)], tmp_suffix=self._tmp_suffix)
                 shard.unlink()
-            self.num_rows -= table.num_rows - kept.num_rows
+                sidecar_of(shard).unlink()
+            self.num_rows -= table.num_rows - num_kept
         return before - self.num_rows
 
     def finish(self) -> None:
@@ -211,11 +227,11 @@ class RowStore:
         self.path.mkdir(parents=True, exist_ok=True)
         fresh = {"schema_version": SCHEMA_VERSION, "complete": False, **given}
         if not (self.path / MANIFEST).exists():
-            write_json_atomically(self.path / MANIFEST, fresh, tmp_suffix=self._tmp_suffix)
+            self._write_manifest(fresh)
         manifest = read_manifest(self.path)
-        if differing := _differences(manifest["identity"], given["identity"]):
-            if not _list_shards(self.path):  # a run that failed before its first row binds nobody
-                write_json_atomically(self.path / MANIFEST, fresh, tmp_suffix=self._tmp_suffix)
+        if differing := differences(manifest["identity"], given["identity"]):
+            if not list_shards(self.path):  # a run that failed before its first row binds nobody
+                self._write_manifest(fresh)
                 return fresh
             raise StoreMismatchError(
                 f"the store {self.path} was made with other settings: {differing}. "
@@ -224,22 +240,42 @@ class RowStore:
         return manifest
 
     def _set_complete(self, complete: bool) -> None:
-        if self.rank == 0 and self._manifest["complete"] != complete:
-            self._manifest["complete"] = complete
-            write_json_atomically(self.path / MANIFEST, self._manifest, tmp_suffix=self._tmp_suffix)
+        if self.rank != 0 or self._manifest["complete"] == complete:
+            return
+        self._manifest["complete"] = complete
+        self._manifest.pop("shards", None)
+        if complete:  # so that a shard that gets lost is missed
+            shards = [path for path in list_shards(self.path).values() if path.suffix == SEALED]
+            self._manifest["shards"] = {shard.name: map_sealed(shard).num_rows for shard in shards}
+        self._write_manifest(self._manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        """With a digest, and the word that every shard has checksums, unless shards of an older version are there."""
+        sealed = [path for path in list_shards(self.path).values() if path.suffix == SEALED]
+        value = {**manifest, CHECKSUMS: all(sidecar_of(shard).exists() for shard in sealed)}
+        write_sealed_json(self.path / MANIFEST, value, tmp_suffix=self._tmp_suffix)
 
     def _sealed_shards(self) -> dict[int, Path]:
         """{number: path} of this rank, in order."""
-        shards = _list_shards(self.path).items()
+        shards = list_shards(self.path).items()
         return {number: path for (rank, number), path in shards if rank == self.rank and path.suffix == SEALED}
 
-    def _write_sealed(self, shard: Path, table: pa.Table) -> None:
-        with (
-            atomic_write(shard, tmp_suffix=self._tmp_suffix) as file,
-            pa.ipc.new_stream(file, table.schema) as stream,
-        ):
-            for start in range(0, table.num_rows, ROWS_PER_SEALED_BATCH):
-                stream.write_table(table.slice(start, ROWS_PER_SEALED_BATCH).combine_chunks())
+    def _write_sealed(self, shard: Path, batches: Iterable[pa.RecordBatch]) -> None:
+        """Writes or replaces a sealed shard, its checksums first; nothing if the batches have no rows."""
+        batches = _regrouped(batches)
+        first = next(batches, None)
+        if first is None:
+            return
+        with atomic_write(shard, tmp_suffix=self._tmp_suffix) as file:
+            hashing = HashingFile(file)
+            with pa.ipc.new_stream(hashing, first.schema) as stream:
+                for batch in itertools.chain([first], batches):
+                    stream.write_batch(batch)
+                    hashing.end_batch(batch.num_rows)
+            new, old = hashing.version(), versions_of(shard) if shard.exists() else []
+            write_sidecar(shard, [new, *old], tmp_suffix=self._tmp_suffix)
+        if old:
+            write_sidecar(shard, [new], tmp_suffix=self._tmp_suffix)
 
     def _write(self, batch: pa.RecordBatch) -> None:
         """Adds one batch to the in-progress file, unbuffered: what is written is with the kernel."""
@@ -255,129 +291,30 @@ class RowStore:
         self._end += sum(message.size for message in messages)
 
 
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the manifest of a store: `schema_version`, `identity`, `complete`, `extra`.
-
-    Raises:
-        ValueError: if the folder holds no store, or one of another schema version.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
-        version = manifest["schema_version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"path={str(path)!r} holds no row store: no readable {file} with a schema_version ({error!r}). "
-            "Pass the output folder of a run."
-        ) from error
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{file} has schema_version {version!r}, this hf_gradtools reads {SCHEMA_VERSION}. "
-            "Use the version of hf_gradtools that wrote it."
-        )
-    return manifest
+def _regrouped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of bounded size, as large as the bounds allow."""
+    waiting: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        start = 0
+        while start < batch.num_rows:
+            per_row = max(1, batch.nbytes // batch.num_rows)
+            room = min(ROWS_PER_SEALED_BATCH - num_rows, (BYTES_PER_SEALED_BATCH - num_bytes) // per_row)
+            piece = batch.slice(start, max(room, 0 if waiting else 1))
+            if piece.num_rows:
+                waiting.append(piece)
+                num_rows, num_bytes = num_rows + piece.num_rows, num_bytes + piece.num_rows * per_row
+                start += piece.num_rows
+            if start < batch.num_rows:
+                yield _combined(waiting)
+                waiting, num_rows, num_bytes = [], 0, 0
+    if waiting:
+        yield _combined(waiting)
 
 
-def read_table(path: str | os.PathLike[str]) -> pa.Table:
-    """Reads a store, also one that is being written: sealed shards memory-mapped, rows in progress in memory.
-
-    Returns:
-        `pyarrow.Table`: the rows of all ranks in order of (rank, append); no columns if there are no rows yet.
-
-    Raises:
-        ValueError: if the folder holds no store.
-    """
-    tables = _open_shards(path, _open_table)
-    return pa.concat_tables(tables) if tables else pa.table({})
-
-
-def read_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """Like `read_table`, as a `datasets.Dataset`."""
-    from datasets import Dataset, concatenate_datasets
-
-    def open_dataset(shard: Path) -> Dataset:
-        return Dataset.from_file(str(shard)) if shard.suffix == SEALED else Dataset(_open_table(shard))
-
-    parts = _open_shards(path, open_dataset)
-    return concatenate_datasets(parts) if parts else Dataset.from_dict({})
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, *, tmp_suffix: str = ".tmp") -> Iterator[BinaryIO]:
-    """Opens a file to write that appears at `path` whole and on disk when the block ends, or not at all.
-
-    Args:
-        path (`Path`): the file to make or replace.
-        tmp_suffix (`str`, defaults to `".tmp"`): ending of the name it is written under; processes that may write
-            the same `path` at the same time each need their own.
-    """
-    tmp = path.with_name(path.name + tmp_suffix)
-    try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, is on disk
-    finally:
-        os.close(folder)
-
-
-def write_json_atomically(path: Path, value: Any, *, tmp_suffix: str = ".tmp") -> None:
-    """Writes `value` as indented JSON through [`atomic_write`]."""
-    with atomic_write(path, tmp_suffix=tmp_suffix) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-
-def _open_shards(path: str | os.PathLike[str], open_shard: Callable[[Path], Any]) -> list[Any]:
-    """Opens all shards that have rows, listing again when the writer moves them under our hands."""
-    read_manifest(path)
-    for _ in range(LISTING_ATTEMPTS):
-        shards = _list_shards(Path(path))
-        if shards != _list_shards(Path(path)):
-            continue  # a listing made while a shard is sealed may show neither of its two names
-        try:
-            opened = [open_shard(shard) for shard in shards.values()]
-        except FileNotFoundError:
-            continue
-        return [part for part in opened if part.num_rows]
-    raise RuntimeError(f"the shards of {path} changed during each of {LISTING_ATTEMPTS} readings; read it again.")
-
-
-def _list_shards(path: Path) -> dict[tuple[int, int], Path]:
-    """{(rank, number): file} in order; a sealed shard hides the in-progress file that it was made from."""
-    shards: dict[tuple[int, int], Path] = {}
-    for file in sorted(path.iterdir()):  # ".arrow" comes before ".inprogress"
-        if match := SHARD_NAME.fullmatch(file.name):
-            shards.setdefault((int(match[1]), int(match[2])), file)
-    return dict(sorted(shards.items()))
-
-
-def _open_table(shard: Path) -> pa.Table:
-    # The writer may cut an in-progress file, so it is copied: reading a cut memory map would kill the process.
-    return _map_sealed(shard) if shard.suffix == SEALED else _whole_batches(pa.py_buffer(shard.read_bytes()))
-
-
-def _map_sealed(shard: Path) -> pa.Table:
-    with pa.memory_map(str(shard)) as source:
-        return pa.ipc.open_stream(source).read_all()
-
-
-def _whole_batches(source: pa.Buffer | pa.NativeFile) -> pa.Table:
-    """The rows before the torn tail of a stream in memory, where any read error means that bytes are missing."""
-    try:
-        reader = pa.ipc.open_stream(source)
-    except (pa.ArrowInvalid, OSError):
-        return pa.table({})
-    batches = []
-    with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):
-        while True:
-            batches.append(reader.read_next_batch())
-    return pa.Table.from_batches(batches, reader.schema)
+def _combined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """One batch of copies, without the buffers that slices share."""
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 def _as_table(columns: Mapping[str, Any]) -> pa.Table:
@@ -406,21 +343,6 @@ def _conform(table: pa.Table, schema: pa.Schema | None) -> pa.Table:
     if encoded := [field.name for field in schema if "dictionary<" in str(field.type)]:
         raise ValueError(f"columns {encoded} are dictionary-encoded; cast them to their value type.")
     stored, given = ({field.name: str(field.type) for field in s} for s in (schema, table.schema))
-    if differing := _differences(stored, given):
+    if differing := differences(stored, given):
         raise ValueError(f"columns differ from the store's: {differing}. Cast them, or write to another folder.")
     return pa.Table.from_arrays([table[name] for name in schema.names], schema=schema)
-
-
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Names each key whose values differ; empty if none does."""
-    pairs = {key: (stored.get(key, "<absent>"), given.get(key, "<absent>")) for key in {**stored, **given}}
-    return "; ".join(f"{key}: stored {old!r}, given {new!r}" for key, (old, new) in pairs.items() if old != new)
-
-
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` as it will read back (tuples become lists), so that stored and given compare equal."""
-    try:
-        normalised: dict[str, Any] = json.loads(json.dumps(value))
-    except TypeError as error:
-        raise ValueError(f"{value} must hold JSON values only ({error}). Pass str() of such a value.") from error
-    return normalised

@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import io
 import itertools
 import os
@@ -15,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gradtools.core import store
+from hf_gradtools.core import shards, store
+from hf_gradtools.core.checksums import HashingFile, verify
 from hf_gradtools.core.store import (
     RowStore,
     StoreMismatchError,
@@ -40,7 +43,11 @@ def rows_in(path):
 
 
 def names_in(path):
-    return sorted(file.name for file in path.iterdir())
+    """The files of a store but the checksums, of which each sealed shard has one."""
+    names = sorted(file.name for file in path.iterdir())
+    sealed = [name.replace(".arrow", ".sha256") for name in names if name.endswith(".arrow")]
+    assert [name for name in names if name.endswith(".sha256")] == sealed
+    return [name for name in names if not name.endswith(".sha256")]
 
 
 def interrupt(*_):
@@ -164,6 +171,91 @@ def test_failed_append_leaves_no_piece_in_the_way(tmp_path):
     assert writer.num_rows == 2
 
 
+@pytest.mark.parametrize("nth", range(4))
+def test_full_disk_while_sealing_leaves_a_readable_store_that_goes_on(tmp_path, monkeypatch, nth):
+    writer, calls = RowStore(tmp_path, IDENTITY, rows_per_shard=4), itertools.count()
+
+    def full(file, data):
+        if next(calls) == nth:
+            file._file.write(memoryview(data).cast("B")[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data)
+
+    real = HashingFile.write
+    monkeypatch.setattr(HashingFile, "write", full)
+    writer.append(numbered(0, 1))
+    with pytest.raises(OSError, match="No space"):
+        writer.append(numbered(2, 3))
+    before = rows_in(tmp_path)
+    assert before == list(range(writer.num_rows))
+    assert not list(tmp_path.glob("*.tmp"))
+    with RowStore(tmp_path, IDENTITY) as resumed:
+        assert resumed.num_rows == len(before)
+        resumed.append(numbered(len(before)))
+        resumed.finish()
+    assert rows_in(tmp_path) == list(range(len(before) + 1))
+    verify(tmp_path)
+
+
+LIMITED = textwrap.dedent(
+    """
+    import resource, sys
+    from hf_gradtools.core.store import RowStore
+    writer = RowStore(sys.argv[1], {"model": "gpt2", "seed": 0})
+    try:
+        for row in range(0, 200, 10):
+            if row == int(sys.argv[2]):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2_500, 2_500))
+            writer.append({"row": list(range(row, row + 10)), "text": ["x" * 50] * 10})
+            if row == 90:
+                writer.seal()
+    except OSError:
+        print(writer.num_rows)
+    """
+)
+
+
+@pytest.mark.parametrize("first_limited", [0, 90, 100])  # while appending, appending to more, and sealing
+def test_file_too_large_for_the_disk_leaves_a_readable_store_that_goes_on(tmp_path, first_limited):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(first_limited)]
+    written = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert written > 0
+    assert rows_in(tmp_path) == list(range(written))
+    with RowStore(tmp_path, IDENTITY) as resumed:
+        resumed.append({"row": [written], "text": ["y"]})
+        resumed.finish()
+    assert rows_in(tmp_path) == list(range(written + 1))
+    verify(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), rows=st.integers(1, 5), size=st.integers(1, 100))
+def test_sealed_batches_hold_the_same_rows_within_their_bounds(tmp_path_factory, sizes, rows, size):
+    path = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "ROWS_PER_SEALED_BATCH", rows)
+        patch.setattr(store, "BYTES_PER_SEALED_BATCH", size)
+        count = itertools.count()
+        leave_open(path, *[list(itertools.islice(count, n)) for n in sizes]).seal()
+    assert rows_in(path) == list(range(sum(sizes)))
+    lengths = [len(chunk) for chunk in read_table(path)["row"].chunks]
+    assert max(lengths) <= max(1, min(rows, size // 8))
+
+
+def test_sealing_holds_no_more_than_a_few_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BYTES_PER_SEALED_BATCH", 2**20)
+    writer = RowStore(tmp_path, IDENTITY)
+    for _ in range(64):
+        writer.append({"row": np.zeros((16, 2**13))})
+    writer.close()
+    pool, before = pa.default_memory_pool(), pa.total_allocated_bytes()
+    peaks = []
+    real = HashingFile.write
+    monkeypatch.setattr(HashingFile, "write", lambda *args: (peaks.append(pool.bytes_allocated()), real(*args))[1])
+    writer.seal()
+    assert max(peaks) - before < 8 * 2**20 < (tmp_path / "shard-00000-00000.arrow").stat().st_size / 7
+
+
 def test_append_goes_on_where_the_kernel_took_only_a_part(tmp_path):
     class SlowDisk(io.FileIO):
         def write(self, data):
@@ -264,18 +356,21 @@ def test_truncate_of_everything_leaves_an_empty_store(tmp_path):
     assert rows_in(tmp_path) == [7]
 
 
-def test_truncate_killed_in_between_leaves_a_prefix_and_can_be_repeated(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("moment", "nth"), [("replace", n) for n in range(4)] + [("unlink", n) for n in range(8)])
+def test_truncate_killed_in_between_leaves_a_prefix_and_can_be_repeated(tmp_path, monkeypatch, moment, nth):
     with RowStore(tmp_path, IDENTITY, rows_per_shard=3) as writer:
         for row in range(9):
             writer.append(numbered(row))
-    resumed = RowStore(tmp_path, IDENTITY)
+    resumed, real, calls = RowStore(tmp_path, IDENTITY), getattr(os, moment), itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, moment, lambda *args, **kwargs: interrupt() if next(calls) == nth else real(*args, **kwargs))
+        with contextlib.suppress(KeyboardInterrupt):
             resumed.truncate("row", 1)
-    assert rows_in(tmp_path) == [0, 1, 2]
-    assert RowStore(tmp_path, IDENTITY).truncate("row", 1) == 1
+    assert rows_in(tmp_path) in ([0, 1], list(range(3)), list(range(6)), list(range(9)))
+    assert verify(tmp_path).without_checksums == []
+    RowStore(tmp_path, IDENTITY).truncate("row", 1)
     assert rows_in(tmp_path) == [0, 1]
+    verify(tmp_path)
 
 
 def test_truncate_keeps_null_and_names_a_missing_column(tmp_path):
@@ -350,7 +445,8 @@ def test_shard_torn_before_its_first_batch_hides_no_other(tmp_path):
 
 def test_shards_are_in_order_of_number_beyond_five_digits(tmp_path):
     leave_open(tmp_path, [0]).finish()
-    (tmp_path / "shard-00000-00000.arrow").rename(tmp_path / "shard-00000-99999.arrow")
+    for suffix in ("arrow", "sha256"):
+        (tmp_path / f"shard-00000-00000.{suffix}").rename(tmp_path / f"shard-00000-99999.{suffix}")
     leave_open(tmp_path, [1])
     assert names_in(tmp_path)[1:] == ["shard-00000-100000.inprogress", "shard-00000-99999.arrow"]
     assert rows_in(tmp_path) == [0, 1]
@@ -381,6 +477,14 @@ def test_manifest_keeps_what_it_was_made_with(tmp_path):
     assert read_manifest(tmp_path) == expected
 
 
+def test_manifest_of_a_complete_store_lists_its_shards(tmp_path):
+    leave_open(tmp_path, [1, 2], rank=1).finish()
+    leave_open(tmp_path, [0]).finish()
+    assert read_manifest(tmp_path)["shards"] == {"shard-00000-00000.arrow": 1, "shard-00001-00000.arrow": 2}
+    leave_open(tmp_path, [3])
+    assert "shards" not in read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"schema_version": 99}'])
 def test_folder_without_a_store_is_refused_with_its_path(tmp_path, content):
     if content is not None:
@@ -400,24 +504,24 @@ def test_impossible_numbers_are_refused_before_anything_is_made(tmp_path, option
 @pytest.mark.parametrize("read", [read_table, read_dataset])
 def test_reader_follows_a_shard_that_is_sealed_under_its_hands(tmp_path, monkeypatch, read):
     leave_open(tmp_path, [0], [1])
-    before = store._list_shards(tmp_path)
+    before = shards.list_shards(tmp_path)
     leave_open(tmp_path, [2]).finish()
-    after = store._list_shards(tmp_path)
+    after = shards.list_shards(tmp_path)
     listings = iter([before, before, after, after])
-    monkeypatch.setattr(store, "_list_shards", lambda _: next(listings))
+    monkeypatch.setattr(shards, "list_shards", lambda _: next(listings))
     assert read(tmp_path).to_pandas()["row"].tolist() == [0, 1, 2]
 
 
 def test_reader_distrusts_a_listing_that_missed_a_shard(tmp_path, monkeypatch):
     leave_open(tmp_path, [0])
-    listings = iter([{}, *[store._list_shards(tmp_path)] * 3])
-    monkeypatch.setattr(store, "_list_shards", lambda _: next(listings))
+    listings = iter([{}, *[shards.list_shards(tmp_path)] * 3])
+    monkeypatch.setattr(shards, "list_shards", lambda _: next(listings))
     assert rows_in(tmp_path) == [0]
 
 
 def test_reader_gives_up_on_a_shard_that_never_opens(tmp_path, monkeypatch):
     RowStore(tmp_path, IDENTITY)
-    monkeypatch.setattr(store, "_list_shards", lambda path: {(0, 0): path / "shard-00000-00000.arrow"})
+    monkeypatch.setattr(shards, "list_shards", lambda path: {(0, 0): path / "shard-00000-00000.arrow"})
     with pytest.raises(RuntimeError, match="changed during each"):
         read_table(tmp_path)
 
