@@ -31,6 +31,7 @@ BASES: tuple[BasisKind, ...] = ("orthonormal", "gaussian", "rademacher")
 # (P_out [O, k_out], P_in [I, k_in]); None is the identity.
 Bases = tuple[Tensor | None, Tensor | None]
 
+_MAX_RANK = 512  # given by energy
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3  # of the randomised eigenbasis, Halko et al. 2011, arXiv 0909.4061, Alg. 4.4
 
 
@@ -211,6 +212,32 @@ def split_rank(shapes: Sequence[tuple[int, int]], total: int) -> list[tuple[int,
         ranks[i] = square_ranks(shapes[i], left // (len(shapes) - done))
         left -= math.prod(ranks[i])
     return [ranks[i] for i in range(len(shapes))]
+
+
+def energy_ranks(shapes: Sequence[tuple[int, int]], energies: Sequence[float], numbers: int) -> list[tuple[int, int]]:
+    """Ranks that spend `numbers` where the gradients are large: k ∝ energy^(2/3), the same on both sides.
+
+    The variance of an estimated inner product falls as energy²/k in each parameter, its numbers grow as k²; the least
+    sum of variances for all numbers has this exponent. Ranks are multiples of 8, between 8 and 512 or the side.
+
+    Args:
+        shapes: (O, I) of the gradients.
+        energies: mean squared norm of each parameter's gradients.
+        numbers: to spend on all of them.
+    """
+    weights = np.asarray(energies, dtype=np.float64) ** (2 / 3)
+    weights = weights / weights.max() if weights.max() > 0 else np.ones(len(shapes))
+
+    def ranks_at(scale: float) -> list[tuple[int, int]]:
+        rounded = [8 * max(1, min(_MAX_RANK // 8, round(scale * float(w) / 8))) for w in weights]
+        return [(min(k, outputs), min(k, inputs)) for k, (outputs, inputs) in zip(rounded, shapes, strict=True)]
+
+    low, high = 0.0, float(_MAX_RANK) / max(float(weights[weights > 0].min()), 1e-12)
+    for _ in range(100):
+        middle = (low + high) / 2
+        within = sum(k_out * k_in for k_out, k_in in ranks_at(middle)) <= numbers
+        low, high = (middle, high) if within else (low, middle)
+    return ranks_at(low)
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:

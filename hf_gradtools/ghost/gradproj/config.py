@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 
@@ -11,9 +11,10 @@ BASES = ("orthonormal", "gaussian", "rademacher", "pca")
 REDUCTIONS = ("mean", "sum")
 DTYPES = ("float16", "bfloat16", "float32")
 DEFAULT_DIM = 1024
-DEFAULT_RANK = 64  # of both sides, before the sketch
+AUTO = "auto"
+AUTO_RANK = 64  # of both sides, on average
 
-Rank = int | tuple[int | None, int | None] | None
+Rank = int | tuple[int | None, int | None] | Literal["auto"] | None
 
 
 @dataclass
@@ -24,8 +25,10 @@ class GradProjConfig:
         proj_rank_total: numbers stored per sample; default 1024. With one stage it is split over the parameters
             (equal shares, as square as the sides allow; what small ones cannot use goes to the others).
         rank: (k_in, k_out) of every weight's first stage, an int for both, None in the place of a side that is to
-            stay whole: `(None, 16)` is one-sided, `(None, None)` the exact gradient. Default 64 with two stages. With
-            one stage it takes the place of `proj_rank_total`. A vector of weights gets as many numbers as a matrix.
+            stay whole: `(None, 16)` is one-sided, `(None, None)` the exact gradient. A vector of weights gets as many
+            numbers as a matrix. Default "auto" with two stages: as many numbers as 64 on all sides would be, spent
+            on the weights where the gradients of some samples are large. With one stage it takes the place of
+            `proj_rank_total`.
         stages: 2 adds the first stage of all parameters into `proj_rank_total` numbers by a sparse sketch, 1 keeps
             them side by side.
         basis: "orthonormal", "gaussian" or "rademacher" are random and keep inner products in expectation; "pca"
@@ -34,7 +37,7 @@ class GradProjConfig:
         seed: of everything random.
         loss_reduction: "mean" is the gradient of a sample's mean loss, as if trained on alone; "sum" of its sum.
         dtype: of the stored numbers.
-        pca_samples: rows that "pca" bases are fitted on.
+        fit_samples: rows that "auto" ranks and "pca" bases are fitted on.
         on_uncovered: "error" or "warn" when the projections of the first batch do not account for all of its
             gradient, as autograd has it; "ignore" saves that check.
 
@@ -50,7 +53,7 @@ class GradProjConfig:
     seed: int = 0
     loss_reduction: Literal["mean", "sum"] = "mean"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    pca_samples: int = 32
+    fit_samples: int = 32
     on_uncovered: Literal["error", "warn", "ignore"] = "error"
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class GradProjConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("on_uncovered", ("error", "warn", "ignore"))
         self.rank = self._checked_rank()
-        for name in ("proj_rank_total", "pca_samples"):
+        for name in ("proj_rank_total", "fit_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -72,14 +75,18 @@ class GradProjConfig:
         if self.proj_rank_total is None and (self.stages == 2 or self.rank is None):
             self.proj_rank_total = DEFAULT_DIM
         if self.rank is None and self.stages == 2:
-            self.rank = (DEFAULT_RANK, DEFAULT_RANK)
+            self.rank = AUTO
+        if self.rank == AUTO and self.stages == 1:
+            raise ValueError("rank='auto' needs the second stage: pass stages=2, proj_rank_total or a rank")
 
-    def _checked_rank(self) -> tuple[int | None, int | None] | None:
-        if self.rank is None:
-            return None
+    def _checked_rank(self) -> tuple[int | None, int | None] | Literal["auto"] | None:
+        if self.rank is None or self.rank == AUTO:
+            return self.rank
         sides = (self.rank, self.rank) if isinstance(self.rank, int) else tuple(self.rank)
         if len(sides) != 2 or any(k is not None and (not isinstance(k, int) or k < 1) for k in sides):
-            raise ValueError(f"rank={self.rank!r} must be an int >= 1 or (k_in, k_out), None for a whole side")
+            raise ValueError(
+                f"rank={self.rank!r} must be an int >= 1, (k_in, k_out) with None for a whole side, or 'auto'"
+            )
         return sides[0], sides[1]
 
     def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
@@ -92,9 +99,10 @@ class GradProjConfig:
         """Numbers of the second stage, None if there is none."""
         return self.proj_rank_total if self.stages == 2 else None
 
-    def first_stage(self) -> GradProjConfig:
-        """The same without the sketch."""
-        return self if self.stages == 1 else replace(self, stages=1, proj_rank_total=None)
+    @property
+    def is_fitted(self) -> bool:
+        """Whether ranks or bases depend on samples."""
+        return self.rank == AUTO or self.basis == "pca"
 
     def identity(self) -> dict[str, Any]:
         """The options that the numbers depend on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,24 @@ from ...core import linear
 from ...core.calls import Layer
 from ...core.capture import LayerCapture, Observer
 from ...core.quantized import keep_quantized_gradients
+from ...core.samples import SampleLayout
 from ..layout import infer_layout
 from ..models import shifts_labels
 from ..rows import target_counts
 from ..validation import LossFn, evaluating, model_loss
-from .collector import ProjectionCollector
 
 
 Watching = TypeVar("Watching", bound=Observer)
+
+
+class Collector(Observer, Protocol):
+    """An observer that makes a row of numbers of every sample, linear in its gradient's size."""
+
+    def begin(self, layout: SampleLayout, device: torch.device, dtype: torch.dtype) -> None:
+        """The calls from here on are of these samples."""
+
+    def take(self) -> Tensor:
+        """Ends the batch: `[num_samples, ...]`."""
 
 
 class GradientPass:
@@ -73,7 +83,7 @@ class GradientPass:
             )
         return loss
 
-    def project(self, collector: ProjectionCollector, batch: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    def project(self, collector: Collector, batch: dict[str, Any]) -> tuple[Tensor, list[int]]:
         """Projected gradients `[N, dim]` of each sample's own loss, and how many labels count in it.
 
         Without such labels a gradient is zero.
@@ -89,7 +99,7 @@ class GradientPass:
         factor = torch.where(counts > 0, factor, 0.0)
         return rows * factor.to(rows)[:, None], counts.long().tolist()
 
-    def _target_counts(self, batch: dict[str, Any], layout: Any) -> Tensor:
+    def _target_counts(self, batch: dict[str, Any], layout: SampleLayout) -> Tensor:
         counts = target_counts(batch, layout, self._shifts_labels)
         if counts is not None:
             return counts.cpu().double()

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from tqdm.auto import tqdm
 from ... import __version__
 from ...core import distributed
 from ...core.capture import find_layers
-from ...core.projection import Bases, Projection
+from ...core.projection import Bases, Block, Projection
+from ...core.store import StoreMismatchError, read_manifest
 from ..identity import weights_fingerprint
-from ..layout import infer_layout
 from ..models import differentiated, load_any_model
 from ..validation import LossFn, model_loss
-from .bases import TokenCollector, bases_digest, load_bases, save_bases
 from .batches import (
     BatchMaker,
     Collator,
@@ -31,10 +31,11 @@ from .batches import (
     row_lengths,
     share_of_rank,
 )
-from .blocks import build_projection, find_blocks, principal_bases, random_bases
+from .blocks import Tokens, block_shapes, find_blocks, parameter_names, principal_bases, random_bases
 from .check import check_coverage
 from .collector import ProjectionCollector
 from .config import GradProjConfig
+from .fitting import FitCollector, bases_digest, load_bases, save_bases
 from .passes import GradientPass
 from .store import GradientStore, GradientWriter
 
@@ -42,6 +43,7 @@ from .store import GradientStore, GradientWriter
 logger = logging.getLogger(__name__)
 
 WINDOW_ROWS = 256
+RANKS = "ranks"  # in the identity: of each block
 
 
 class GradProjector:
@@ -92,26 +94,39 @@ class GradProjector:
         if not self.layers:
             raise ValueError(f"layers={self.config.layers!r} leaves no layer; pass layers=None or names of modules")
         self._pass = GradientPass(self.model, self.layers, loss_fn, self.config.loss_reduction)
-        self.blocks = find_blocks(self.layers, self.config)
-        self._install(random_bases(self.blocks, self.config, self._pass.device))
-        self._is_fitted = self.config.basis != "pca"
+        self._projection: Projection | None = None
+        if not self.config.is_fitted:
+            self._install(find_blocks(self.layers, self.config, {}))
         self._is_checked = self.config.on_uncovered == "ignore"
+
+    @property
+    def projection(self) -> Projection:
+        """The map from gradients to numbers.
+
+        Raises:
+            RuntimeError: it depends on samples and none were seen yet.
+        """
+        if self._projection is None:
+            raise RuntimeError("the projection is not fitted yet: call projector.fit(dataset) or project(dataset)")
+        return self._projection
 
     @property
     def dim(self) -> int:
         """Numbers per sample."""
-        return self.projection.dim
+        return self.config.sketch_dim or self.projection.dim
 
     def identity(self) -> dict[str, Any]:
         """What the numbers depend on: model, layers, options. Rows of another identity do not compare."""
         weight = next(iter(self.layers[0].parameters.values()))
+        blocks = self._projection.blocks.values() if self._projection else ()
+        fits_bases = self.config.basis == "pca" and self._projection is not None
         return {
             "model_class": type(self.model).__name__,
             "weights": weights_fingerprint(self.model),
             "model_dtype": str(weight.dtype).removeprefix("torch."),
             "layers": [layer.name for layer in self.layers],
-            "ranks": {block.name: list(block.ranks) for block in self.blocks},
-            "bases": bases_digest(self.projection.bases) if self.config.basis == "pca" and self._is_fitted else None,
+            RANKS: {block.name: list(block.ranks) for block in blocks},
+            "bases": bases_digest(self.projection.bases) if fits_bases else None,
             **self.config.identity(),
         }
 
@@ -179,57 +194,67 @@ class GradProjector:
         They are estimated from the first stage, before the sketch adds the layers up.
         """
         self._prepare(queries, batch_size)
-        stage_one = build_projection(self.blocks, self.projection.bases, self.config.first_stage(), self._pass.device)
+        blocks = list(self.projection.blocks.values())
+        stage_one = Projection(blocks, self.projection.bases, None, self.config.seed)
         ours, theirs = (self._gradients(x, stage_one, False, batch_size) for x in (queries, rows))
-        dots: dict[str, Tensor] = {}
+        names, dots = parameter_names(self.layers), dict[str, Tensor]()
         for layer in self.layers:
             for parameter in layer.parameters.values():
-                part = stage_one.slices.pop(self._names[parameter], None)
+                part = stage_one.slices.pop(names[parameter], None)
                 if part is not None:  # a tied parameter counts with its first layer
                     dots[layer.name] = ours[:, part] @ theirs[:, part].T + dots.get(layer.name, 0.0)
         return dots
 
     def fit(self, dataset: Any, batch_size: int = 8) -> None:
-        """Fits "pca" bases on `pca_samples` rows of a dataset, evenly spaced. `project` does it when it has to."""
-        count = min(self.config.pca_samples, len(dataset))
+        """Fits what depends on samples ("auto" ranks, "pca" bases) on `fit_samples` rows of a dataset, evenly spaced.
+
+        :meth:`project` does it when it has to.
+        """
+        count = min(self.config.fit_samples, len(dataset))
         chosen = [len(dataset) * i // count for i in range(count)]
-        batches = BatchMaker(self.model, self.data_collator)
-        with self._pass.observed(TokenCollector(self.layers)) as tokens:
+        batches, norms = BatchMaker(self.model, self.data_collator), []
+        with self._pass.observed(FitCollector(self.layers, self.config.basis == "pca")) as collector:
             for start in range(0, count, batch_size):
                 batch = batches(dataset, chosen[start : start + batch_size])
-                tokens.num_rows = infer_layout((), batch).rows
-                self._pass.loss(batch).backward()
-        random = random_bases(self.blocks, self.config, self._pass.device)
-        self.use_bases(principal_bases(self.blocks, self.layers, tokens.tokens(), random, self.config.seed))
+                norms.append(self._pass.project(collector, batch)[0])
+        blocks = find_blocks(self.layers, self.config, collector.energies(torch.cat(norms)))
+        self._install(blocks, tokens=collector.tokens())
 
-    def use_bases(self, bases: Mapping[str, Bases]) -> None:
-        """Takes bases that were fitted before, such as those beside a store.
+    def adopt(self, store: str | os.PathLike[str]) -> None:
+        """Takes the fit of a store, so that what is projected next compares with its rows.
 
         Raises:
-            ValueError: they are of other layers.
+            StoreMismatchError: its gradients are of other layers.
         """
-        if set(bases) != {block.name for block in self.blocks}:
-            raise ValueError("the bases are of other layers; pass those of a store of this model and layers=")
-        self._install(bases)
-        self._is_fitted = True
+        ranks = read_manifest(store)["identity"].get(RANKS, {})
+        shapes = block_shapes(self.layers)
+        if set(ranks) != set(shapes):
+            raise StoreMismatchError(
+                f"the store {os.fspath(store)} has gradients of other layers ({', '.join(list(ranks)[:3])}, …) than "
+                f"this projector ({', '.join(list(shapes)[:3])}, …); pass its model and layers="
+            )
+        blocks = [Block(name, shape, tuple(ranks[name])) for name, shape in shapes.items()]
+        self._install(blocks, bases=load_bases(store, self._pass.device))
 
     # ---- how
 
-    @property
-    def _names(self) -> dict[nn.Parameter, str]:
-        return ProjectionCollector(self.layers, self.projection).names
-
-    def _install(self, bases: Mapping[str, Bases]) -> None:
-        self.projection = build_projection(self.blocks, bases, self.config, self._pass.device)
+    def _install(
+        self, blocks: Sequence[Block], *, bases: Mapping[str, Bases] | None = None, tokens: Tokens | None = None
+    ) -> None:
+        """Takes the given bases, or random ones with main directions of tokens in their place."""
+        if not bases:
+            bases = random_bases(blocks, self.config, self._pass.device)
+        if tokens:
+            bases = principal_bases(blocks, self.layers, tokens, bases, self.config.seed)
+        self._projection = Projection(blocks, bases, self.config.sketch_dim, self.config.seed, self._pass.device)
 
     def _prepare(self, dataset: Any, batch_size: int, folder: str | os.PathLike[str] | None = None) -> None:
-        """Fits the bases if they are to be, and checks once that all of the gradient is projected."""
-        if not self._is_fitted:
-            known = None if folder is None else load_bases(folder, self._pass.device)
-            if known is None:
-                self.fit(dataset, batch_size)
+        """Fits what is to be fitted, and checks once that all of the gradient is projected."""
+        if self._projection is None:
+            if folder is not None and holds_rows(folder):
+                self.adopt(folder)
             else:
-                self.use_bases(known)
+                self.fit(dataset, batch_size)
         if folder is not None and self.config.basis == "pca" and distributed.rank() == 0:
             save_bases(self.projection.bases, folder)
         if not self._is_checked:
@@ -307,3 +332,8 @@ class GradProjector:
         distributed.barrier()
         if empty:
             logger.warning("%d rows have no label that counts; their gradients are stored as zeros", empty)
+
+
+def holds_rows(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a store with rows."""
+    return any(Path(folder).glob("shard-*"))

@@ -1,0 +1,1 @@
+"""Gradients of a whole corpus: projected, stored, searched."""
