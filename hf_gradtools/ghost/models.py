@@ -19,6 +19,11 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def model_name(model: nn.Module) -> str:
+    """Hub id or folder that the model was loaded from, else its class."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model's own loss predicts label t+1 at position t."""
     base = base_model(model)

@@ -127,13 +127,13 @@ def build_rows(
         FloatingPointError: a sample's values are not finite and `on_nonfinite="error"`.
         ValueError: `scale="sample_mean"` without known normalisation.
     """
-    columns = _sample_columns(records)
+    columns = sample_columns(records)
     num_rows = len(columns["sample_id"])
     columns["step"] = np.full(num_rows, step, np.int64)
     columns["rank"] = np.full(num_rows, distributed.rank(), np.int32)
     columns["learning_rate"] = np.full(num_rows, learning_rate)
     columns["residual"] = np.full(num_rows, scores.residual, np.float32)
-    factor = np.ones(num_rows) if config.scale == "contribution" else _sample_mean_factor(records)
+    factor = np.ones(num_rows) if config.scale == "contribution" else sample_mean_factor(records)
     names = list(val_ids)
     dots = _by_set(scores.dots.numpy(), val_ids, config.pairwise)
     layer_dots = _by_set(scores.layer_dots.numpy().transpose(1, 0, 2), val_ids, config.pairwise)
@@ -171,7 +171,8 @@ def build_rows(
     return _without_nonfinite(columns, scores, config, step)
 
 
-def _sample_columns(records: Sequence[MicroBatchRecord]) -> dict[str, Any]:
+def sample_columns(records: Sequence[MicroBatchRecord]) -> dict[str, Any]:
+    """Who the samples of a step's micro-batches are, and what is known of them."""
     columns: dict[str, list[Any]] = {
         key: [] for key in ("sample_id", "sample_hash", "segment", "micro_step", "num_tokens", "train_loss")
     }
@@ -194,15 +195,15 @@ def _sample_columns(records: Sequence[MicroBatchRecord]) -> dict[str, Any]:
     return {key: np.asarray(value, types[key]) if key in types else value for key, value in columns.items()}
 
 
-def _sample_mean_factor(records: Sequence[MicroBatchRecord]) -> np.ndarray:
+def sample_mean_factor(records: Sequence[MicroBatchRecord]) -> np.ndarray:
     """What turns a contribution to the step into the gradient of the sample's own mean loss."""
     factors = []
     for record in records:
         normalizer = record.normalizer(len(records))
         if normalizer is None or record.num_targets is None:
             raise ValueError(
-                "scale='sample_mean' needs to know how the loss was averaged, but the batch reaches the model without "
-                "labels (label smoothing or compute_loss_func); use scale='contribution'"
+                "a sample's own mean loss needs to know how the batch's was averaged, but the batch reaches the model "
+                "without labels (label smoothing or compute_loss_func); use scale='contribution', or project a dataset"
             )
         factors.append(normalizer / record.num_targets.cpu().numpy().clip(min=1))
     return np.concatenate(factors)

@@ -48,6 +48,10 @@ class ProjectionCollector:
         rows, self._rows, self._layout = self._rows, None, None
         return rows
 
+    def drop(self) -> None:
+        """Forgets a batch that is not finished."""
+        self._rows = self._layout = None
+
     # ---- Observer
 
     def rows(self) -> int | None:

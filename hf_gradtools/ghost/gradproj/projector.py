@@ -19,7 +19,7 @@ from ...core.capture import find_layers
 from ...core.projection import Bases, Block, Projection
 from ...core.store import StoreMismatchError, read_manifest
 from ..identity import weights_fingerprint
-from ..models import differentiated, load_any_model
+from ..models import differentiated, load_any_model, model_name
 from ..validation import LossFn, model_loss
 from .batches import (
     BatchMaker,
@@ -109,6 +109,16 @@ class GradProjector:
         if self._projection is None:
             raise RuntimeError("the projection is not fitted yet: call projector.fit(dataset) or project(dataset)")
         return self._projection
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self._pass.device
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """In which gradients are summed."""
+        return self._pass.dtype
 
     @property
     def dim(self) -> int:
@@ -220,6 +230,11 @@ class GradProjector:
         blocks = find_blocks(self.layers, self.config, collector.energies(torch.cat(norms)))
         self._install(blocks, tokens=collector.tokens())
 
+    def prepare(self, dataset: Any, collator: Collator | None = None, batch_size: int = 8) -> None:
+        """Fits what depends on samples, unless that is done, and checks that all of the gradient is projected."""
+        self.data_collator = collator or self.data_collator
+        self._prepare(dataset, batch_size)
+
     def adopt(self, store: str | os.PathLike[str]) -> None:
         """Takes the fit of a store, so that what is projected next compares with its rows.
 
@@ -291,13 +306,14 @@ class GradProjector:
     ) -> Iterator[GradientWriter]:
         identity = {
             **self.identity(),
-            "dataset": dataset_fingerprint(dataset),
-            "dataset_rows": len(dataset),
-            "world_size": distributed.world_size(),
-            "window_rows": window_rows,
+            "dataset": {
+                "content": dataset_fingerprint(dataset),
+                "rows": len(dataset),
+                "world_size": distributed.world_size(),
+                "window_rows": window_rows,
+            },
         }
-        named = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
-        recorded = {"library_version": __version__, "model": named, **(extra or {})}
+        recorded = {"library_version": __version__, "model": model_name(self.model), **(extra or {})}
         writer = GradientWriter(
             folder, identity, dim=self.dim, dtype=self.config.dtype, extra=recorded, rank=distributed.rank()
         )
@@ -326,12 +342,19 @@ class GradProjector:
                     bar.update(len(indices))
                 empty += int((counts == 0).sum())
                 writer.append({"sample_id": ids[window.start : window.stop], "gradient": rows, "num_tokens": counts})
-        writer.seal()
-        distributed.barrier()
-        writer.finish()
-        distributed.barrier()
+        finish_all_ranks(writer)
         if empty:
             logger.warning("%d rows have no label that counts; their gradients are stored as zeros", empty)
+
+
+def finish_all_ranks(writer: GradientWriter) -> None:
+    """Rank 0 marks the store complete once all other ranks have sealed theirs."""
+    if distributed.rank() > 0:
+        writer.finish()
+    distributed.barrier()
+    if distributed.rank() == 0:
+        writer.finish()
+    distributed.barrier()
 
 
 def holds_rows(folder: str | os.PathLike[str]) -> bool:
