@@ -94,7 +94,7 @@ def iter_blocks(layout: Layout, rows_per_block: int) -> Iterator[tuple[int, Tens
 
 
 def iter_pieces(layout: Layout) -> Iterator[Tensor]:
-    """The gradients of one record batch after the other `[n, dim]` as stored, valid until the next one is asked for."""
+    """The gradients of one record batch after the other, `[n, dim]` as stored, valid until the next one."""
     for shard in layout.shards:
         missing = shard.num_rows
         for values in _mapped(shard) if shard.current.suffix == SEALED else _read(shard):

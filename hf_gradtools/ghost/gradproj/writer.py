@@ -106,12 +106,18 @@ class GradientWriter:
             raise ValueError(f"columns lack {sorted(missing)}; each row needs {SAMPLE_ID!r} and {GRADIENT!r}.")
         gradient = torch.as_tensor(columns[GRADIENT]).detach().cpu()
         if gradient.ndim != 2 or gradient.shape[1] != self.dim:
-            raise ValueError(f"columns['gradient'] has shape {tuple(gradient.shape)}; it needs [rows, dim={self.dim}].")
+            raise ValueError(
+                f"columns['gradient'] has shape {tuple(gradient.shape)}; it needs [rows, dim={self.dim}]."
+            )
         others = {name: _plain(values) for name, values in columns.items() if name != GRADIENT}
         if wrong := {name: len(values) for name, values in others.items() if len(values) != len(gradient)}:
             raise ValueError(f"columns have other lengths than the {len(gradient)} rows of 'gradient': {wrong}.")
         stored = self._cast(gradient, others[SAMPLE_ID])
         self._store.append({**others, GRADIENT: self._as_arrow(stored)})
+
+    def seal(self) -> None:
+        """Turns the rows in progress into a shard with checksums, without marking the store complete."""
+        self._store.seal()
 
     def finish(self) -> None:
         """Seals, and on rank 0 marks the store complete: call it there last, after the other ranks."""
@@ -134,8 +140,8 @@ class GradientWriter:
         if not fits.all():
             first = int((~fits).nonzero()[0])
             raise ValueError(
-                f"the gradient of sample_id={sample_ids[first]!r} reaches {gradient[first].abs().max():.4g}, too large "
-                f"for {self.dtype}. Pass dtype='bfloat16' or 'float32'."
+                f"the gradient of sample_id={sample_ids[first]!r} reaches {gradient[first].abs().max():.4g}, too "
+                f"large for {self.dtype}. Pass dtype='bfloat16' or 'float32'."
             )
         if self._dtype == torch.float16 and not self._warned:
             self._warn_of_underflow(gradient.float(), stored.float(), sample_ids)
