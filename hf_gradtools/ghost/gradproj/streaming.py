@@ -97,38 +97,33 @@ def iter_pieces(layout: Layout) -> Iterator[Tensor]:
     """The gradients of one record batch after the other, `[n, dim]` as stored, valid until the next one."""
     for shard in layout.shards:
         missing = shard.num_rows
-        for values in _mapped(shard) if shard.current.suffix == SEALED else _read(shard):
+        for values in _mapped(shard, layout) if shard.current.suffix == SEALED else _read(shard, layout):
             if missing:  # what was appended since the store was opened is not among its rows
-                piece = torch.frombuffer(values.buffers()[1], dtype=layout.dtype, offset=values.offset * _size(layout))
-                piece = piece[: len(values)].view(-1, layout.dim)[:missing]
+                piece = values.view(-1, layout.dim)[:missing]
                 missing -= len(piece)
                 yield piece
 
 
-def _size(layout: Layout) -> int:
-    return layout.dtype.itemsize
-
-
-def _mapped(shard: Shard) -> Iterator[pa.Array]:
+def _mapped(shard: Shard, layout: Layout) -> Iterator[Tensor]:
     with open(shard.current, "rb") as file:
         # A private mapping: torch takes no memory that is read-only.
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    buffer = pa.py_buffer(mapping)
+    whole = pa.py_buffer(mapping)
     read_to = 0
-    for batch in pa.ipc.open_stream(buffer):
+    for batch in pa.ipc.open_stream(whole):
         values = batch.column(GRADIENT).values
-        yield values
-        end = values.buffers()[1].address + values.buffers()[1].size - buffer.address
-        whole_pages = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if DROP_PAGES is not None and whole_pages > read_to:
-            mapping.madvise(DROP_PAGES, read_to, whole_pages - read_to)
-            read_to = whole_pages
+        start = values.buffers()[1].address - whole.address + values.offset * layout.dtype.itemsize
+        yield torch.frombuffer(mapping, dtype=layout.dtype, count=len(values), offset=start)
+        end = (start + len(values) * layout.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+        if DROP_PAGES is not None and end > read_to:
+            mapping.madvise(DROP_PAGES, read_to, end - read_to)
+            read_to = end
 
 
-def _read(shard: Shard) -> Iterator[pa.Array]:
+def _read(shard: Shard, layout: Layout) -> Iterator[Tensor]:
     with pa.OSFile(str(shard.current)) as source:
         for batch in whole_batches(source):
-            yield batch.column(GRADIENT).values
+            yield torch.from_numpy(batch.column(GRADIENT).values.to_numpy().copy()).view(layout.dtype)
 
 
 def read_rows(layout: Layout, indices: Tensor) -> Tensor:
