@@ -56,6 +56,9 @@ class Projector(Protocol):
     def identity(self) -> dict[str, Any]:
         """JSON values that say what the gradients are."""
 
+    def adopt(self, store: str | os.PathLike[str]) -> None:
+        """Takes what was fitted for the store in a folder, if it has fitted nothing itself."""
+
     def gradients(self, rows: Any, optimizer_aware: bool = False) -> Tensor:
         """The gradients of tokenized rows, `[Q, dim]` float32."""
 
@@ -240,6 +243,7 @@ class GradientStore(Searchable):
         Raises:
             StoreMismatchError: the projector makes other gradients than the store has.
         """
+        projector.adopt(self.path)
         self.check_comparable(projector.identity(), "the projector")
         self.projector = projector
         return self
