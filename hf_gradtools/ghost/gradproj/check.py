@@ -64,11 +64,11 @@ def _gaps(collector: ProjectionCollector, projection: Projection, grads: dict[st
             grad = torch.zeros_like(p) if grad is None else grad
             wide = layer.rule.as_matrix(name, grad).to(linear.accumulation_dtype(grad.dtype))
             theirs = project_matrix(wide, projection.bases[block])
-            pairs[block] = (collector.block_sums.get(block, torch.zeros_like(theirs)), theirs, grad.element_size() < 4)
-    total = max(float(theirs.norm()) for _, theirs, _ in pairs.values())
+            pairs[block] = (collector.block_sums.get(block, torch.zeros_like(theirs)), theirs)
+    total = max(float(theirs.norm()) for _, theirs in pairs.values())
+    tolerance = _TOLERANCE * (_HALF_PRECISION_SLACK if collector.half_precision else 1)
     gaps = {}
-    for block, (mine, theirs, is_half) in pairs.items():
-        tolerance = _TOLERANCE * (_HALF_PRECISION_SLACK if is_half else 1)
+    for block, (mine, theirs) in pairs.items():
         gap, size = float((mine - theirs).norm()), max(float(mine.norm()), float(theirs.norm()))
         gaps[block] = gap / size if gap > tolerance * size and gap > 1e-2 * tolerance * total else 0.0
     return gaps

@@ -25,6 +25,7 @@ class ProjectionCollector:
         factors: what gradients are multiplied by, entry by entry, before they are projected; none by default.
         block_sums: when a dict, also collects the sum over samples of each block's first stage, `[k_out, k_in]`.
         suspended: calls are not of the batch.
+        half_precision: half-precision gradients have been seen.
     """
 
     def __init__(self, layers: Sequence[Layer], projection: Projection, on_failure: Callable[[], None] = lambda: None):
@@ -32,7 +33,7 @@ class ProjectionCollector:
         self.names = parameter_names(layers)
         self.factors: Mapping[nn.Parameter, Tensor] | None = None
         self.block_sums: dict[str, Tensor] | None = None
-        self.suspended = False
+        self.suspended = self.half_precision = False
         self._layout: SampleLayout | None = None
         self._rows: Tensor | None = None
         self._replaying = False
@@ -63,6 +64,7 @@ class ProjectionCollector:
     def observe(self, layer: Layer, call: LayerCall) -> None:
         assert self._layout is not None
         assert self._rows is not None
+        self.half_precision |= any(g is not None and g.element_size() < 4 for g in call.output_grads)
         self._replaying = True
         try:
             for name, projected in self._project(layer, call, self._layout).items():

@@ -67,6 +67,8 @@ class GradProjConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.rank == AUTO and self.stages == 1:
+            raise ValueError("rank='auto' needs the second stage: pass stages=2, or a rank in numbers")
         if self.stages == 1 and self.rank is not None and self.proj_rank_total is not None:
             raise ValueError(
                 f"proj_rank_total={self.proj_rank_total} and rank={self.rank} both say what one stage stores; pass "
@@ -76,8 +78,6 @@ class GradProjConfig:
             self.proj_rank_total = DEFAULT_DIM
         if self.rank is None and self.stages == 2:
             self.rank = AUTO
-        if self.rank == AUTO and self.stages == 1:
-            raise ValueError("rank='auto' needs the second stage: pass stages=2, proj_rank_total or a rank")
 
     def _checked_rank(self) -> tuple[int | None, int | None] | Literal["auto"] | None:
         if self.rank is None or self.rank == AUTO:

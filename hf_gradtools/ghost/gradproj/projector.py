@@ -236,11 +236,14 @@ class GradProjector:
         self._prepare(dataset, batch_size)
 
     def adopt(self, store: str | os.PathLike[str]) -> None:
-        """Takes the fit of a store, so that what is projected next compares with its rows.
+        """Takes the fit of a store, so that what is projected next compares with its rows, unless something was
+        fitted before.
 
         Raises:
             StoreMismatchError: its gradients are of other layers.
         """
+        if self._projection is not None:
+            return
         ranks = read_manifest(store)["identity"].get(RANKS, {})
         shapes = block_shapes(self.layers)
         if set(ranks) != set(shapes):
@@ -266,7 +269,7 @@ class GradProjector:
     def _prepare(self, dataset: Any, batch_size: int, folder: str | os.PathLike[str] | None = None) -> None:
         """Fits what is to be fitted, and checks once that all of the gradient is projected."""
         if self._projection is None:
-            if folder is not None and holds_rows(folder):
+            if folder is not None and _holds_rows(folder):
                 self.adopt(folder)
             else:
                 self.fit(dataset, batch_size)
@@ -357,6 +360,6 @@ def finish_all_ranks(writer: GradientWriter) -> None:
     distributed.barrier()
 
 
-def holds_rows(folder: str | os.PathLike[str]) -> bool:
+def _holds_rows(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder is a store with rows."""
     return any(Path(folder).glob("shard-*"))

@@ -119,6 +119,10 @@ class GradientWriter:
         """Turns the rows in progress into a shard with checksums, without marking the store complete."""
         self._store.seal()
 
+    def truncate(self, column: str, maximum: float) -> int:
+        """Drops this rank's rows whose value in `column` exceeds `maximum`, see `RowStore.truncate`."""
+        return self._store.truncate(column, maximum)
+
     def finish(self) -> None:
         """Seals, and on rank 0 marks the store complete: call it there last, after the other ranks."""
         self._store.finish()

@@ -43,7 +43,7 @@ def sample_gradient(model, batch, loss_fn=model_loss):
 def project_by_hand(projector, grads, factors=None):
     """`[dim]`: P_outᵀ g P_in of every block, side by side or put through the sketch, one matrix product each."""
     projection = projector.projection
-    names = {n: p for n, p in projector.model.named_parameters()}
+    names = dict(projector.model.named_parameters())
     owners = {p: (layer, name) for layer in reversed(projector.layers) for name, p in layer.parameters.items()}
     result = torch.zeros(projection.dim, dtype=torch.float64)
     for name, p in names.items():
