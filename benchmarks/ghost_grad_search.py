@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -134,26 +134,28 @@ def compare(folder: Path, rows: int, count: int, dim: int, rounds: int) -> list[
     return [str(count), f"{ours:.2f}", f"{theirs:.2f} ({block:,})", f"{ratio:.2f}", f"{rows / ours / 1e6:.2f}"]
 
 
-def report(folder: Path, rows: int, dim: int, rounds: int) -> str:
+def report(folder: Path, rows: int, dim: int, rounds: int) -> Iterator[str]:
+    """The sections one after the other, as they are measured."""
     found = {stage: in_fresh_process(stage, folder, rows, dim) for stage in STAGES}
-    size = sum(file.stat().st_size for file in (folder / "store").glob("shard-*"))
-    per_row, gigabytes = size / rows, size / 1e9
-    memory = [[stage, f"{found[stage]['peak']:,.0f}"] for stage in STAGES]
+    per_row = sum(file.stat().st_size for file in (folder / "store").glob("shard-*")) / rows
+    gigabytes = per_row * rows / 1e9
+    yield (
+        f"{rows:,} rows of {dim:,} float16: {gigabytes:.2f} GB, {per_row:,.1f} bytes per row "
+        f"({per_row / (2 * dim) - 1:.1%} above the bare numbers)."
+    )
+    yield markdown_table(
+        ["process", "peak resident MiB"], [[stage, f"{found[stage]['peak']:,.0f}"] for stage in STAGES]
+    )
+    yield (
+        f"Writing with checksums: {gigabytes / found['write']['seconds']:.2f} GB/s. "
+        f"`verify`: {found['verify']['bytes'] / 1e9 / found['verify']['seconds']:.2f} GB/s. "
+        f"16 queries with the Fisher matrix: {found['fisher']['seconds']:.1f} s the first time, "
+        f"{found['fisher']['again']:.1f} s with the one that was kept."
+    )
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     speed = [compare(folder, rows, count, dim, rounds) for count in QUERIES]
-    return "\n\n".join(
-        [
-            f"{rows:,} rows of {dim:,} float16: {gigabytes:.2f} GB, {per_row:,.1f} bytes per row "
-            f"({per_row / (2 * dim) - 1:.1%} above the bare numbers).",
-            markdown_table(["process", "peak resident MiB"], memory),
-            markdown_table(["queries", "search s", "bare s (rows per block)", "ratio", "10^6 rows/s"], speed),
-            f"Writing with checksums: {gigabytes / found['write']['seconds']:.2f} GB/s. "
-            f"`verify`: {found['verify']['bytes'] / 1e9 / found['verify']['seconds']:.2f} GB/s. "
-            f"16 queries with the Fisher matrix: {found['fisher']['seconds']:.1f} s the first time, "
-            f"{found['fisher']['again']:.1f} s with the one that was kept.",
-            environment(),
-        ]
-    )
+    yield markdown_table(["queries", "search s", "bare s (rows per block)", "ratio", "10^6 rows/s"], speed)
+    yield environment()
 
 
 def main() -> None:
@@ -170,11 +172,13 @@ def main() -> None:
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(result))
         return
+    sections = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        text = report(Path(folder), args.rows, args.dim, args.rounds)
-    print(text)
+        for section in report(Path(folder), args.rows, args.dim, args.rounds):
+            print(section + "\n", flush=True)
+            sections.append(section)
     if args.output:
-        args.output.write_text(text + "\n")
+        args.output.write_text("\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":

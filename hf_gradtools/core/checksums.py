@@ -21,7 +21,17 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from .atomic import as_json_bytes, atomic_write
-from .shards import CHECKSUMS, DIGEST, MANIFEST, SEALED, list_shards, open_table, read_manifest, whole_batches
+from .shards import (
+    CHECKSUMS,
+    DIGEST,
+    MANIFEST,
+    SEALED,
+    list_shards,
+    map_sealed,
+    open_table,
+    read_manifest,
+    whole_batches,
+)
 
 
 SIDECAR = ".sha256"
@@ -145,6 +155,17 @@ def versions_of(shard: Path) -> list[dict[str, Any] | None]:
     except (OSError, ValueError, KeyError):
         return []
     return found
+
+
+def known_versions(shard: Path) -> list[dict[str, Any] | None]:
+    """What a shard that is to be replaced may be: as its sidecar says, or as it is if an older version wrote it."""
+    if not shard.exists():
+        return []
+    if known := versions_of(shard):
+        return known
+    blocks, size = _hash_blocks(shard, BLOCK_BYTES, lambda count: None)
+    rows = map_sealed(shard).num_rows
+    return [{"bytes": size, "rows": rows, "block_bytes": BLOCK_BYTES, "blocks": blocks, "batches": [[size, rows]]}]
 
 
 def write_sealed_json(path: Path, value: dict[str, Any], *, tmp_suffix: str = ".tmp") -> None:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .atomic import atomic_write, write_json_atomically
-from .checksums import HashingFile, sidecar_of, versions_of, write_sealed_json, write_sidecar
+from .checksums import HashingFile, known_versions, sidecar_of, write_sealed_json, write_sidecar
 from .shards import (
     CHECKSUMS,
     IN_PROGRESS,
@@ -201,7 +201,7 @@ class RowStore:
                 kept = (batch.filter(mask) for batch, mask in zip(batches, masks, strict=True))
                 self._write_sealed(shard, kept)
             else:
-                write_sidecar(shard, [None, *versions_of(shard)], tmp_suffix=self._tmp_suffix)
+                write_sidecar(shard, [None, *known_versions(shard)], tmp_suffix=self._tmp_suffix)
                 shard.unlink()
                 sidecar_of(shard).unlink()
             self.num_rows -= table.num_rows - num_kept
@@ -272,7 +272,7 @@ class RowStore:
                 for batch in itertools.chain([first], batches):
                     stream.write_batch(batch)
                     hashing.end_batch(batch.num_rows)
-            new, old = hashing.version(), versions_of(shard) if shard.exists() else []
+            new, old = hashing.version(), known_versions(shard)
             write_sidecar(shard, [new, *old], tmp_suffix=self._tmp_suffix)
         if old:
             write_sidecar(shard, [new], tmp_suffix=self._tmp_suffix)

@@ -1,6 +1,9 @@
 """Every damaged byte of a store is found and named with the rows it belongs to."""
 
+import contextlib
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -194,6 +197,25 @@ def test_a_store_of_an_older_version_opens_goes_on_and_verifies_as_without_check
     flip(tmp_path / "shard-00000-00002.arrow", 500)
     flip(tmp_path / "manifest.json", 5)
     assert {damage.file for damage in damages(tmp_path)} == {"manifest.json", "shard-00000-00002.arrow"}
+
+
+@pytest.mark.parametrize("maximum", [50, 30, -1])
+@pytest.mark.parametrize("nth", range(5))
+def test_truncating_a_store_of_an_older_version_can_be_killed(tmp_path, monkeypatch, maximum, nth):
+    as_older_version(split(tmp_path))
+    writer, real, calls = RowStore(tmp_path, IDENTITY), os.replace, itertools.count()
+
+    def killed(*args):
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        writer.truncate("row", maximum)
+    assert verify(tmp_path).rows in (maximum + 1, 40, 80)
+    RowStore(tmp_path, IDENTITY).truncate("row", maximum)
+    assert verify(tmp_path).rows == maximum + 1
 
 
 def test_a_cut_shard_of_an_older_version_is_found(tmp_path):

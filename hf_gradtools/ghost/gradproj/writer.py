@@ -132,28 +132,31 @@ class GradientWriter:
         self._store.close()
 
     def _cast(self, gradient: Tensor, sample_ids: Any) -> Tensor:
-        finite = torch.isfinite(gradient).all(dim=1)
+        stored = gradient.to(self._dtype)
+        norms, kept = (torch.linalg.vector_norm(x.float(), dim=1) for x in (gradient, stored))
+        if not torch.isfinite(norms + kept).all():  # or the squares of finite numbers were too large
+            self._check_finite(gradient, stored, sample_ids)
+        elif self._dtype == torch.float16 and not self._warned:
+            self._warn_of_underflow(norms, kept, sample_ids)
+        return stored
+
+    def _check_finite(self, gradient: Tensor, stored: Tensor, sample_ids: Any) -> None:
+        finite, fits = (torch.isfinite(x).all(dim=1) for x in (gradient, stored))
         if not finite.all():
             first = int((~finite).nonzero()[0])
             raise ValueError(
                 f"the gradient of sample_id={sample_ids[first]!r} is not finite. Find out why its loss or the model's "
                 "weights are not, or leave the sample out."
             )
-        stored = gradient.to(self._dtype)
-        fits = torch.isfinite(stored).all(dim=1)
         if not fits.all():
             first = int((~fits).nonzero()[0])
             raise ValueError(
                 f"the gradient of sample_id={sample_ids[first]!r} reaches {gradient[first].abs().max():.4g}, too "
                 f"large for {self.dtype}. Pass dtype='bfloat16' or 'float32'."
             )
-        if self._dtype == torch.float16 and not self._warned:
-            self._warn_of_underflow(gradient.float(), stored.float(), sample_ids)
-        return stored
 
-    def _warn_of_underflow(self, gradient: Tensor, stored: Tensor, sample_ids: Any) -> None:
-        norms = gradient.norm(dim=1)
-        lost = (norms - stored.norm(dim=1)).abs() > LOST_SHARE * norms
+    def _warn_of_underflow(self, norms: Tensor, kept: Tensor, sample_ids: Any) -> None:
+        lost = (norms - kept).abs() > LOST_SHARE * norms
         if lost.any():
             first = int(lost.nonzero()[0])
             self._warned = True
