@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hf_gradtools.ghost.gradproj.cli import register
 from hf_gradtools.ghost.train_config import GhostTrainConfig
 from hf_gradtools.workflow import terminal
 from hf_gradtools.workflow.terminal import one_line_errors, option, quiet, resumable
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
-    help="Tell which training samples help or hurt a validation set, while a model trains.", no_args_is_help=True
+    help="Score training samples while a model trains; store and search the gradients of a whole corpus.",
+    no_args_is_help=True,
 )
 
 LISTED = 5  # samples of each kind
@@ -124,6 +126,9 @@ def report(
         path = stored.write_report(html, top_k)
         _print_ranking(stored)
         typer.echo(f"\nreport  {path}")
+
+
+register(app)
 
 
 def _named(values: list[str]) -> str | dict[str, str]:

@@ -38,7 +38,7 @@ from hf_gradtools.ghost.results import (
 )
 
 
-__all__ = ["write_report"]
+__all__ = ["environment", "excerpt", "group_layers", "write_report"]
 
 EXCERPT_CHARACTERS, TEXT_CHARACTERS = 240, 10_000
 MAX_KINDS, MAX_STRONGEST, MAX_LISTED = 16, 10, 4
@@ -89,7 +89,7 @@ def write_report(
         layers = _layer_shares(dataset, f"layer_dot_products{suffix}", identity.get("layers"))
         sets.append(_validation_set(ghost_values(dataset, name), steps, f"value{suffix}", texts or {}, top_k, layers))
     html = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -111,7 +111,8 @@ def write_report(
     return path
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of the templates, which escape all that they are given."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -228,7 +229,7 @@ def _sample_tables(values: GhostValues, texts: Mapping[Any, str], top_k: int) ->
     def as_row(sample: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "id": sample["sample_id"],
-            "text": _excerpt(texts[sample["sample_id"]]) if sample["sample_id"] in texts else None,
+            "text": excerpt(texts[sample["sample_id"]]) if sample["sample_id"] in texts else None,
             "bar": 100 * abs(sample["value"]) / largest,
             "cells": [unit.format(sample[name]) for name, unit in units.items()],
             "seen": sample["times_seen"],
@@ -241,7 +242,7 @@ def _sample_tables(values: GhostValues, texts: Mapping[Any, str], top_k: int) ->
     ]
 
 
-def _excerpt(text: str) -> tuple[str, str]:
+def excerpt(text: str) -> tuple[str, str]:
     """A text's beginning, cut between words, and the rest that the page folds away."""
     text = str(text)
     if len(text) <= EXCERPT_CHARACTERS:
@@ -291,7 +292,7 @@ def _layer_shares(dataset: Rows, column: str, names: Sequence[str] | None) -> di
             "Pass the manifest of the store that the rows are from."
         )
     shares = dict(zip(names, (size / (size.sum() or 1.0)).tolist(), strict=True))
-    kinds, depths = _group_layers(shares)
+    kinds, depths = group_layers(shares)
     strongest = sorted(shares.items(), key=lambda pair: -pair[1])[:MAX_STRONGEST]
     return {
         "count": len(names),
@@ -301,7 +302,7 @@ def _layer_shares(dataset: Rows, column: str, names: Sequence[str] | None) -> di
     }
 
 
-def _group_layers(shares: Mapping[str, float]) -> tuple[dict[str, list[float]], dict[tuple[str, int], float]]:
+def group_layers(shares: Mapping[str, float]) -> tuple[dict[str, list[float]], dict[tuple[str, int], float]]:
     """Adds up shares: `model.layers.7.mlp.up_proj` is of kind `mlp.up_proj` and depth `("model.layers", 7)`."""
     kinds: dict[str, list[float]] = {}
     depths: dict[tuple[str, int], float] = {}

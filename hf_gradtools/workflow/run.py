@@ -14,11 +14,19 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 
 from hf_gradtools.core.store import write_json_atomically
 from hf_gradtools.workflow.data import SAMPLE_ID, format_rows, hold_out, load_rows, number_rows
-from hf_gradtools.workflow.options import RunOptions
+from hf_gradtools.workflow.options import DataOptions, RunOptions
 from hf_gradtools.workflow.tokenizing import RowFormat, tokenize_rows
 
 
-__all__ = ["WriteOptions", "check_same_options", "load_data", "tokenize", "trained_share", "training_arguments"]
+__all__ = [
+    "OPTIONS",
+    "WriteOptions",
+    "check_same_options",
+    "load_data",
+    "tokenize",
+    "trained_share",
+    "training_arguments",
+]
 
 OPTIONS = "run.json"  # in the folder of a run
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -35,7 +43,7 @@ class WriteOptions(TrainerCallback):
             write_json_atomically(Path(self.options.output_dir) / OPTIONS, self.options.identity())
 
 
-def check_same_options(options: RunOptions) -> None:
+def check_same_options(options: DataOptions) -> None:
     """ValueError unless the output folder holds a run that was begun with these options."""
     path = Path(options.output_dir) / OPTIONS
     if not path.exists():
@@ -74,7 +82,7 @@ def load_data(
 
 
 def tokenize(
-    rows: Dataset, named: str, tokenizer: PreTrainedTokenizerBase, options: RunOptions
+    rows: Dataset, named: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> tuple[Dataset, RowFormat]:
     """`rows` as `tokenize_rows` makes them, and the columns it took; `named` says in errors which rows they are."""
     columns = [name for name in rows.column_names if name != SAMPLE_ID]
