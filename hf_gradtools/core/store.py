@@ -120,12 +120,17 @@ class RowStore:
 
         for leftover in self.path.glob(f"*{self._tmp_suffix}"):
             leftover.unlink()
-        self.seal()  # what a killed process left in progress
+        in_progress = self._in_progress_shards()
+        number, last = max(self._shards().items(), default=(-1, None))
+        self._seal(shard for shard in in_progress if shard != last)  # there are such only if sealing failed
         sealed = self._sealed_shards()
         tables = [map_sealed(shard) for shard in sealed.values()]
         self.num_rows: int = sum(table.num_rows for table in tables)
         self._schema: pa.Schema | None = tables[0].schema if tables else None
         self._number = max(sealed, default=-1) + 1
+        if last in in_progress:
+            self._number = number
+            self._continue()
 
     def __enter__(self) -> Self:
         return self
@@ -163,12 +168,7 @@ class RowStore:
         if self._in_progress_path.exists():  # before all else: if sealing fails, later appends go to another file
             self._number += 1
             self._end = self._rows_in_progress = 0
-        live = list_shards(self.path).values()
-        for shard in self.path.glob(f"shard-{self.rank:05d}-*{IN_PROGRESS}"):
-            if shard in live:
-                with pa.OSFile(str(shard)) as source:
-                    self._write_sealed(shard.with_suffix(SEALED), whole_batches(source))
-            shard.unlink()
+        self._seal(self._in_progress_shards())
 
     def truncate(self, column: str, maximum: float) -> int:
         """Drops this rank's rows whose value in `column` exceeds `maximum`: a resumed run makes them again.
@@ -218,6 +218,29 @@ class RowStore:
             self._file.close()
             self._file = None
 
+    def _seal(self, shards: Iterable[Path]) -> None:
+        for shard in shards:
+            with pa.OSFile(str(shard)) as source:
+                self._write_sealed(shard.with_suffix(SEALED), whole_batches(source))
+            shard.unlink()
+
+    def _continue(self) -> None:
+        """Takes up a file that a killed process left in progress, behind its whole batches, so that the shards become
+        those of a run that nobody killed."""
+        with pa.OSFile(str(self._in_progress_path)) as source:
+            for batch in whole_batches(source):
+                self._end, self._schema = source.tell(), batch.schema
+                self._rows_in_progress += batch.num_rows
+        self.num_rows += self._rows_in_progress
+
+    def _in_progress_shards(self) -> list[Path]:
+        """Of this rank, in order; what a sealed shard made stale is deleted."""
+        live = list_shards(self.path).values()
+        found = sorted(self.path.glob(f"shard-{self.rank:05d}-*{IN_PROGRESS}"))
+        for stale in [shard for shard in found if shard not in live]:
+            stale.unlink()
+        return [shard for shard in found if shard in live]
+
     @property
     def _in_progress_path(self) -> Path:
         return self.path / f"shard-{self.rank:05d}-{self._number:05d}{IN_PROGRESS}"
@@ -255,10 +278,12 @@ class RowStore:
         value = {**manifest, CHECKSUMS: all(sidecar_of(shard).exists() for shard in sealed)}
         write_sealed_json(self.path / MANIFEST, value, tmp_suffix=self._tmp_suffix)
 
-    def _sealed_shards(self) -> dict[int, Path]:
+    def _shards(self) -> dict[int, Path]:
         """{number: path} of this rank, in order."""
-        shards = list_shards(self.path).items()
-        return {number: path for (rank, number), path in shards if rank == self.rank and path.suffix == SEALED}
+        return {number: path for (rank, number), path in list_shards(self.path).items() if rank == self.rank}
+
+    def _sealed_shards(self) -> dict[int, Path]:
+        return {number: path for number, path in self._shards().items() if path.suffix == SEALED}
 
     def _write_sealed(self, shard: Path, batches: Iterable[pa.RecordBatch]) -> None:
         """Writes or replaces a sealed shard, its checksums first; nothing if the batches have no rows."""

@@ -303,7 +303,11 @@ def test_opening_removes_tmp_files_of_its_own_rank_only(tmp_path):
         (tmp_path / f"shard-{rank:05d}-00007.arrow.{rank:05d}.tmp").write_bytes(b"half a sh")
     assert rows_in(tmp_path) == [0]
     RowStore(tmp_path, IDENTITY)
-    assert names_in(tmp_path) == ["manifest.json", "shard-00000-00000.arrow", "shard-00001-00007.arrow.00001.tmp"]
+    assert names_in(tmp_path) == [
+        "manifest.json",
+        "shard-00000-00000.inprogress",
+        "shard-00001-00007.arrow.00001.tmp",
+    ]
 
 
 def test_close_keeps_the_file_growing_afterwards(tmp_path):
@@ -592,3 +596,28 @@ def test_a_store_without_rows_takes_a_new_identity(tmp_path):
     assert read_manifest(tmp_path)["identity"] == {"layers": ["b"]}
     with pytest.raises(StoreMismatchError, match="layers"):
         RowStore(tmp_path, {"layers": ["a"]})
+
+
+@pytest.mark.parametrize("torn_bytes", [0, 1, 40, 200])
+def test_a_run_that_was_cut_ends_in_the_bytes_of_one_that_was_not(torn_bytes, tmp_path):
+    batches = [{"step": [n] * 5, "value": np.full((5, 3), n, np.float32)} for n in range(6)]
+
+    def write(store, part):
+        for batch in part:
+            store.append(batch)
+
+    with RowStore(tmp_path / "whole", IDENTITY, rows_per_shard=20) as store:
+        write(store, batches)
+        store.finish()
+    with RowStore(tmp_path / "cut", IDENTITY, rows_per_shard=20) as store:
+        write(store, batches[:3])
+    (shard,) = (tmp_path / "cut").glob("*.inprogress")
+    if torn_bytes:
+        shard.write_bytes(shard.read_bytes()[:-torn_bytes])
+    with RowStore(tmp_path / "cut", IDENTITY, rows_per_shard=20) as store:
+        assert store.num_rows == (10 if torn_bytes else 15)
+        write(store, batches[store.num_rows // 5 :])
+        store.finish()
+    assert names_in(tmp_path / "cut") == names_in(tmp_path / "whole")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes(), file.name
