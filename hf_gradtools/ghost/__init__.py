@@ -1,4 +1,5 @@
-"""Ghost engines: which training samples help or hurt a validation set, told while a model trains."""
+"""Ghost engines: which training samples help or hurt a validation set, told while a model trains; and projections of
+every sample's gradient, stored, searched and selected from."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -9,9 +10,15 @@ _LAZY = {
     "GhostDotProdCallback": "callback",
     "GhostDotProdConfig": "config",
     "GhostValues": "results",
+    "GradProjCallback": "gradproj.callback",
+    "GradProjConfig": "gradproj.config",
+    "GradProjector": "gradproj.projector",
+    "GradientEnsemble": "gradproj.ensemble",
+    "GradientStore": "gradproj.store",
     "UncoveredGradientError": "coverage",
     "ghost_values": "results",
     "load_ghost_dataset": "loading",
+    "select": "gradproj.selection",
 }
 
 __all__ = [
@@ -19,9 +26,15 @@ __all__ = [
     "GhostDotProdCallback",
     "GhostDotProdConfig",
     "GhostValues",
+    "GradProjCallback",
+    "GradProjConfig",
+    "GradProjector",
+    "GradientEnsemble",
+    "GradientStore",
     "UncoveredGradientError",
     "ghost_values",
     "load_ghost_dataset",
+    "select",
 ]
 
 if TYPE_CHECKING:
@@ -29,6 +42,12 @@ if TYPE_CHECKING:
     from .config import GhostDotProdConfig
     from .coverage import UncoveredGradientError
     from .engine import GhostDotProd
+    from .gradproj.callback import GradProjCallback
+    from .gradproj.config import GradProjConfig
+    from .gradproj.ensemble import GradientEnsemble
+    from .gradproj.projector import GradProjector
+    from .gradproj.selection import select
+    from .gradproj.store import GradientStore
     from .loading import load_ghost_dataset
     from .results import GhostValues, ghost_values
 
