@@ -124,3 +124,13 @@ def parameter_groups(layers: Sequence[Layer]) -> list[int]:
             low, high = sorted((group[i], group[owner.setdefault(p, i)]))
             group = [low if g == high else g for g in group]
     return group
+
+
+def refuse_batch_statistics(layers: Sequence[Layer]) -> None:
+    """ValueError if a layer mixes the samples of a batch, as batch normalisation does while it trains."""
+    mixing = [layer.name for layer in layers if isinstance(layer.module, nn.modules.batchnorm._BatchNorm)]
+    if mixing:
+        raise ValueError(
+            f"{', '.join(mixing[:5])}: batch normalisation mixes the samples of a batch, so per-sample gradients do "
+            "not exist; freeze these layers' parameters or leave them out by layers=[...]"
+        )

@@ -26,7 +26,7 @@ from ..core.calls import Layer
 from ..core.capture import LayerCapture, find_layers
 from ..core.distributed import mean_over_ranks, world_size
 from ..core.samples import SampleLayout
-from .coverage import SelfCheck
+from .coverage import SelfCheck, refuse_batch_statistics
 from .fused_head import fused_head_layer, install_fused_tap
 from .layout import infer_layout
 from .scoring import METHODS, LayerScorer, Method, MicroBatch
@@ -114,7 +114,7 @@ class GhostDotProd:
         # TRL's trainers never call the output head; they can only be in use once trl has been imported.
         self._fused = fused_head_layer(model, found) if "trl" in sys.modules else None
         self.layers = found if self._fused is None else [*found, self._fused]
-        _refuse_batch_statistics(self.layers)
+        refuse_batch_statistics(self.layers)
         _announce_general_rule(self.layers)
         self.parameters = list({p: None for layer in self.layers for p in layer.parameters.values()})
         self.grad_norms, self.retain, self.keep_grads = grad_norms, retain, keep_grads
@@ -350,15 +350,6 @@ def _as_sets(batches: Any) -> dict[str, Sequence[Batch]]:
     if not sets or not all(len(chunks) for chunks in sets.values()):
         raise ValueError("validate() got an empty validation set; pass at least one batch for every set")
     return sets
-
-
-def _refuse_batch_statistics(layers: Sequence[Layer]) -> None:
-    mixing = [layer.name for layer in layers if isinstance(layer.module, nn.modules.batchnorm._BatchNorm)]
-    if mixing:
-        raise ValueError(
-            f"{', '.join(mixing[:5])}: batch normalisation mixes the samples of a batch, so per-sample gradients do "
-            "not exist; freeze these layers' parameters or leave them out by layers=[...]"
-        )
 
 
 def _announce_general_rule(layers: Sequence[Layer]) -> None:

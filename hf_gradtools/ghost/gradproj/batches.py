@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..sample_ids import content_hash
 
 Collator = Callable[[list[Any]], Any]
 
+_ROWS_PER_READ = 10_000
 _HASHED_ROWS = 64  # of a dataset: enough to tell two apart, nothing to wait for
 # What padding means in the columns that models take; others are padded with zeros.
 _PADDING = {"labels": -100}
@@ -66,7 +68,10 @@ def row_lengths(rows: Any) -> list[int]:
     if isinstance(rows, Dataset):
         if "input_ids" not in rows.column_names:
             return [0] * len(rows)
-        return [len(ids) for ids in rows.with_format(None)["input_ids"]]
+        lengths: list[int] = []
+        for table in rows.select_columns("input_ids").with_format("arrow").iter(_ROWS_PER_READ):
+            lengths += pc.list_value_length(table["input_ids"]).to_pylist()
+        return lengths
     return [len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0 for row in rows]
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from ...core import distributed
 from ...core.capture import LayerCapture
 from ...core.quantized import keep_quantized_gradients
+from ..coverage import refuse_batch_statistics
 from ..fused_head import fused_head_layer, install_fused_tap
 from ..layout import infer_layout
 from ..models import shifts_labels
@@ -43,6 +44,7 @@ class TrainingProjections:
         on_failure: Callable[[], None],
     ):
         self.projector, self.model, self.optimizer = projector, projector.model, optimizer
+        refuse_batch_statistics(projector.layers)
         self.active = False
         self._shifts_labels = shifts_labels(self.model)
         loader = getattr(dataloader, "base_dataloader", dataloader)
