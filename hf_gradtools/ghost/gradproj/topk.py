@@ -23,14 +23,17 @@ class RunningTopK:
 
     def update(self, first_row: int, scores: Tensor) -> None:
         """Takes the scores `[n, Q]` of the next n rows."""
-        better = scores > self._least
-        candidates = better.nonzero()
-        if not len(candidates):
+        hit = (scores.amax(dim=0) > self._least).nonzero()[:, 0]  # few after the first blocks
+        if not len(hit):
             return
-        if len(candidates) > 4 * self.k * len(self._least) and len(scores) > self.k:
+        if len(hit) < len(self._least):
+            scores = scores[:, hit]
+        better = scores > self._least[hit]
+        candidates = better.nonzero()
+        if len(candidates) > 4 * self.k * len(hit) and len(scores) > self.k:
             better &= scores >= scores.topk(self.k, dim=0).values[-1]
             candidates = better.nonzero()
-        rows, queries = candidates.T.numpy()
+        rows, queries = candidates[:, 0].numpy(), hit[candidates[:, 1]].numpy()
         self._queries = np.concatenate([self._queries, queries])
         self._rows = np.concatenate([self._rows, rows + first_row])
         self._scores = np.concatenate([self._scores, scores[better].numpy()])
