@@ -191,3 +191,11 @@ def smollm2_lora() -> nn.Module:
 def random_rows(count: int, tokens: int, seed: int) -> Dataset:
     ids = torch.randint(1, 8000, (count, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def llama(width: int, layers: int) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+        num_attention_heads=width // 64, vocab_size=8192, max_position_embeddings=1024,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)

@@ -46,7 +46,7 @@ NAMES += " Stefan Tamara Ulrich Vera Walter Xenia Yusuf Zelda Amir Bianca Cyril 
 NO_NAMES = (
     "I Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August"
 )
-NO_NAMES += " September October November December"
+NO_NAMES += " August September October November December"
 PHRASES = {
     "how many": "what number of",
     "how much": "what amount of",
