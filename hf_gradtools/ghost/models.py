@@ -20,8 +20,9 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def model_name(model: nn.Module) -> str:
-    """Hub id or folder that the model was loaded from, else its class."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    """Hub id that the model was loaded from, or the last part of a folder's path, else its class."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return (Path(name).name if os.path.exists(name) else name) or type(model).__name__
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ...core.calls import Layer, LayerCall
+from ...core.checksums import Damage, StoreCorruptError
 from ...core.layers import EmbeddingRule, LinearRule
 from ...core.projection import Bases
 from ...core.samples import SampleLayout
@@ -117,6 +119,25 @@ class FitCollector:
 def bases_digest(bases: Mapping[str, Bases]) -> str:
     """A hash of all bases."""
     return hashlib.sha256(_serialized(bases)).hexdigest()[:16]
+
+
+def check_bases(folder: str | Path, digest: str | None) -> None:
+    """Compares the bases in a store's folder with the digest in its identity.
+
+    Raises:
+        StoreCorruptError: they differ, or are missing.
+    """
+    if digest is None:
+        return
+    path = Path(folder) / BASES_FILE
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        intact = bases_digest(load_bases(folder, torch.device("cpu"))) == digest
+    except SafetensorError:
+        intact = False
+    if not intact:
+        what = "differs from what was written" if size else "is missing"
+        raise StoreCorruptError(Path(folder), [Damage(BASES_FILE, what, (0, size))])
 
 
 def save_bases(bases: Mapping[str, Bases], folder: str | Path) -> None:

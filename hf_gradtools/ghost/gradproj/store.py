@@ -30,6 +30,7 @@ from ...core.shards import (
     read_dataset,
     read_manifest,
 )
+from .fitting import BASES_FILE, check_bases
 from .precondition import damped_cholesky, fisher_matrix
 from .search import Searchable
 from .streaming import GRADIENT, column_of, iter_blocks, list_layout, read_rows
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["GradientStore", "GradientWriter", "Projector"]
 
 FISHER = "fisher.safetensors"
-BASES = "bases.safetensors"  # that a projector fitted
 # Of the identity: which rows were projected and how they were cut, not what their numbers mean.
 ABOUT_ROWS = ("kind", "dim", "dtype", "dataset", "dataset_rows", "world_size", "window_rows")
 BLOCK_BYTES = 4 * 2**20
@@ -230,7 +230,9 @@ class GradientStore(Searchable):
         """
         total = sum(open_shards(self.path, lambda shard: shard.stat().st_size))
         with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
-            return checksums.verify(self.path, bar.update)
+            report = checksums.verify(self.path, bar.update)
+        check_bases(self.path, self.identity.get("bases"))
+        return report
 
     # ---- what it compares with
 
@@ -374,7 +376,7 @@ class GradientStore(Searchable):
             )
         shards = [shard.path for shard in self._layout.shards]
         sidecars = [checksums.sidecar_of(shard) for shard in shards]
-        fitted = [self.path / BASES]
+        fitted = [self.path / BASES_FILE]
         return [file for file in [*sidecars, *shards, *fitted, self.path / MANIFEST] if file.exists()]
 
 

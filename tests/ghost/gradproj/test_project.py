@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_gradtools.core.checksums import StoreCorruptError
 from hf_gradtools.core.store import StoreMismatchError
 from hf_gradtools.ghost.gradproj.batches import pad_rows, plan_windows, share_of_rank
 from hf_gradtools.ghost.gradproj.projector import GradProjector
@@ -53,6 +54,13 @@ def test_own_ids_and_bases_of_main_directions_are_kept(tmp_path):
     again = GradProjector(llama(), proj_rank_total=64, basis="pca", dtype="float32")
     GradientStore.open(tmp_path / "pca").bind(again)
     torch.testing.assert_close(again.gradients(data, batch_size=3), stored(store), rtol=1e-4, atol=1e-6)
+    store.verify()
+    bases = tmp_path / "pca" / "bases.safetensors"
+    content = bytearray(bases.read_bytes())
+    content[-5] ^= 1
+    bases.write_bytes(content)
+    with pytest.raises(StoreCorruptError, match=r"bases\.safetensors"):
+        store.verify()
 
 
 def test_a_store_is_searched_by_rows_and_finds_each_of_its_own(tmp_path):
@@ -158,7 +166,7 @@ def test_a_model_folder_will_do(tiny_model, tmp_path):
     data = [{"input_ids": [9, 10, 11 + i], "labels": [9, 10, 11 + i]} for i in range(4)]
     store = GradProjector(str(tiny_model), proj_rank_total=32).project(data, output_dir=tmp_path)
     assert len(store) == 4
-    assert store.info()["model"] == str(tiny_model)
+    assert store.info()["model"] == tiny_model.name  # no path of this machine
 
 
 # ---- batches
