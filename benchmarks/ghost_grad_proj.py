@@ -53,7 +53,7 @@ from hf_gradtools.ghost.gradproj.projector import GradProjector
 DIMS = (256, 1024, 4096)
 STORE_BATCHES = 4  # of a project() call
 HOOK_RANK = 16
-TRAK_DIM, TRAK_CHUNK = 64, 2**18
+TRAK_DIM, TRAK_CHUNK = 32, 2**18
 
 
 # ---- speed
