@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,11 @@ def write_texts(rows: Dataset, path: str | os.PathLike[str]) -> None:
             file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
 
 
-def read_texts(path: str | os.PathLike[str]) -> dict[int | str, str]:
-    """What [`write_texts`] wrote, by id; empty if there is no such file."""
-    return dict(_read_texts(Path(path))) if Path(path).exists() else {}
+def read_texts(path: str | os.PathLike[str], ids: Collection[int | str] | None = None) -> dict[int | str, str]:
+    """What [`write_texts`] wrote, by id, or only the texts of some `ids`; empty if there is no such file."""
+    if not Path(path).exists():
+        return {}
+    return {sample_id: text for sample_id, text in _read_texts(Path(path)) if ids is None or sample_id in ids}
 
 
 def _read_texts(path: Path) -> Iterator[tuple[int | str, str]]:

@@ -136,6 +136,8 @@ def search(
         queries = stored.query_rows(config)
         answers = stored.search(config, queries)
         _print(answers)
+        if unfinished := [store.path.name for store in stored.stores if not store.complete]:
+            typer.secho(f"\nNot all rows are there yet: {', '.join(unfinished)}.", fg="yellow", err=True)
         note = _try_to_add_layers(stored, answers, queries, reduce)
         path = write_search_report(
             answers,

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ class ProjectionRun:
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
-        return bool(PartialState().is_main_process)
+        return bool(_process().is_main_process)
 
     def summary(self) -> str:
         """One line on each of model and rows."""
@@ -135,7 +136,7 @@ def load_projector(source: str, config: ProjectConfig, **more: Any) -> GradProje
     """The projector of a model or checkpoint with a run's options, on the accelerator if there is one."""
     model = load_any_model(source, config.dtype or "auto")
     if getattr(model, "quantization_method", None) is None:  # what is quantised is where it belongs
-        model.to(PartialState().device)
+        model.to(_process().device)
     return GradProjector(model, config=config.projection(), **more)
 
 
@@ -151,6 +152,11 @@ def logged_learning_rate(checkpoint: Path, since: int = 0) -> float | None:
         return None
     rates = [rate for step, rate in logged if step > since] or [logged[-1][1]]
     return float(sum(rates)) / len(rates)
+
+
+def _process() -> PartialState:
+    """This process, one of several under `accelerate launch` or `torchrun`, where each projects a part of the rows."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _check_checkpoints(paths: Sequence[str]) -> None:

@@ -78,11 +78,10 @@ class StoredProjections:
             raise ValueError(
                 f"output_dir={str(self.folder)!r} holds no run of `ghost project`. Pass the output_dir of one."
             )
-        options = json.loads((self.folder / OPTIONS).read_bytes())
-        self.config = ProjectConfig(**{**options, "output_dir": str(self.folder)})
-        self.model = model or self.config.model
         self.stores = open_stores(self.folder)
-        self.texts = read_texts(self.folder / TEXTS)
+        options = json.loads((self.folder / OPTIONS).read_bytes())
+        self.config = ProjectConfig(**{**options, "output_dir": str(self.folder), "on_uncovered": "ignore"})
+        self.model = model or self.config.model
         row_format = self.stores[0].extra["row_format"]
         self.row_format = RowFormat(**{**row_format, "prompt": tuple(row_format["prompt"])})
         self._optimizer_state: str | None = None
@@ -178,8 +177,9 @@ class StoredProjections:
         )
         texts = queries["text"] if config.reduce is None else [_together(queries["text"], config.reduce)]
         answers = [Answer(text, []) for text in texts]
+        known = read_texts(self.folder / TEXTS, set(found["sample_id"]))
         for hit in found:
-            text = self.texts.get(hit["sample_id"])
+            text = known.get(hit["sample_id"])
             answers[hit["query"]].hits.append(Hit(hit["sample_id"], hit["score"], text))
         return answers
 
@@ -189,8 +189,9 @@ class StoredProjections:
         Raises:
             ValueError: the dataset is gone, or is no longer the one that was projected.
         """
-        ids = list(dict.fromkeys(hit.sample_id for answer in answers for hit in answer.hits))
-        dots = self._layer_dots(queries, self._rows(ids))
+        texts = {hit.sample_id: hit.text or "" for answer in answers for hit in answer.hits}
+        ids = list(texts)
+        dots = self._layer_dots(queries, self._rows(texts))
         for number, answer in enumerate(answers):
             for hit in answer.hits:
                 place = ids.index(hit.sample_id)
@@ -248,17 +249,16 @@ class StoredProjections:
                 sums[name] = weight * dot + sums.get(name, 0.0)
         return sums
 
-    def _rows(self, ids: Sequence[int | str]) -> Dataset:
-        """The samples of these ids as they were projected."""
+    def _rows(self, texts: Mapping[int | str, str]) -> Dataset:
+        """The samples of these ids, whose texts begin like this, as they were projected."""
         dataset = f"dataset={self.config.dataset!r}"
         rows = number_rows(load_rows(self.config.dataset, self.config.split))
         places = {sample_id: place for place, sample_id in enumerate(rows[SAMPLE_ID])}
-        if any(sample_id not in places for sample_id in ids):
+        if any(sample_id not in places for sample_id in texts):
             raise ValueError(f"{dataset} lacks samples that were projected from it.")
-        chosen = rows.select([places[sample_id] for sample_id in ids])
+        chosen = rows.select([places[sample_id] for sample_id in texts])
         tokenized = tokenize(chosen, dataset, self.tokenizer, self.config)[0]
-        beginnings = [self.texts.get(sample_id, "") for sample_id in ids]
-        if len(tokenized) < len(ids) or not all(map(str.startswith, tokenized["text"], beginnings)):
+        if len(tokenized) < len(texts) or not all(map(str.startswith, tokenized["text"], texts.values())):
             raise ValueError(f"{dataset} has other rows than when it was projected.")
         return tokenized
 

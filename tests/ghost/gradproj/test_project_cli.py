@@ -117,6 +117,7 @@ def test_a_run_that_was_killed_goes_on(project, texts, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hf_gradtools.ghost.gradproj.store.GradientWriter.finish", interrupt)
         assert "The same command continues it" in project(texts).output
+    assert "Not all rows are there yet: gradients" in run("search", tmp_path / "out", "--query", "a b").output
     assert project(texts).exit_code == 0
     assert "nothing: all rows were there" in project(texts).stdout
     assert project(texts, out=tmp_path / "whole").exit_code == 0
