@@ -421,7 +421,7 @@ def quality_table(model_id: str, files: list[Path], seeds: int) -> str:
         cells = [f"{statistics.fmean(values):.3f} ({min(values):.3f})" for values in scores.values()]
         lines.append([form, f"{dim:,}", f"{each[0].shape[1]:,}", *cells])
     lines.sort(key=lambda line: (int(line[1].replace(",", "")), "one stage" in line[0]))
-    headers = ["form", "asked", "numbers", "Pearson", "Spearman", "Pearson of cosines", "recall@10"]
+    headers = ["form", "numbers", "Pearson", "Spearman", "Pearson of cosines", "recall@10"]
     size = sum(module.weight.numel() for module in modules.values())  # type: ignore[operator]
     title = (
         f"**{model_id.rstrip('/').split('/')[-1]}**, {len(modules)} layers of {size:,} weights; {CORPUS} corpus "
