@@ -92,8 +92,10 @@ def project(
         if run.is_main:
             for store in stores:
                 typer.echo(_size(store))
-            typer.echo(f"projected  {run.speed()}\n")
-            typer.echo(f'Search them: hf-gradtools ghost search {output_dir} --query "some text"')
+            typer.echo(f"projected  {run.speed()}")
+            for warning in run.warnings():
+                typer.secho(f"note       {warning}", fg="yellow")
+            typer.echo(f'\nSearch them: hf-gradtools ghost search {output_dir} --query "some text"')
 
 
 def search(

@@ -36,6 +36,7 @@ __all__ = ["ProjectionRun", "load_corpus", "load_projector", "logged_learning_ra
 
 # Names in the folder of a run.
 GRADIENTS, TEXTS = "gradients", "samples.jsonl"
+CHECKPOINTS = "checkpoints.json"  # folders by name of the store, which itself holds no paths of a machine
 STATE = "trainer_state.json"  # of a Trainer checkpoint
 
 
@@ -78,6 +79,13 @@ class ProjectionRun:
         rate = self.num_projected / self.seconds
         return f"{self.num_projected:,} rows in {self.seconds:,.0f} s, {rate:,.1f} per second"
 
+    def warnings(self) -> list[str]:
+        """What to know before searching."""
+        unknown = [name for name, _, extra in self._sources() if name != GRADIENTS and "learning_rate" not in extra]
+        if not unknown:
+            return []
+        return [f"no learning rate was logged up to {', '.join(unknown)}: all checkpoints will count equally"]
+
     def project(self) -> list[GradientStore]:
         """Writes options, texts and one store per checkpoint to the output folder; goes on where it was stopped.
 
@@ -92,6 +100,7 @@ class ProjectionRun:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json_atomically(folder / OPTIONS, self.config.identity())
                 write_texts(self.samples, folder / TEXTS)
+                self._write_checkpoints(folder / CHECKPOINTS)
             extra = {**extra, "row_format": asdict(self.row_format)}
             before, started = _num_rows(folder / name), time.perf_counter()
             store = projector.project(rows, None, folder / name, self.config.batch_size, extra=extra)
@@ -100,6 +109,12 @@ class ProjectionRun:
             store.projector = None  # one model in memory at a time
             stores.append(store)
         return stores
+
+    def _write_checkpoints(self, path: Path) -> None:
+        folders = [Path(checkpoint).resolve() for checkpoint in self.config.checkpoint]
+        before = json.loads(path.read_bytes()) if path.exists() else {}
+        if folders:
+            write_json_atomically(path, {**before, **{folder.name: str(folder) for folder in folders}})
 
     def _sources(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(name of the store, what to load, what to record) of the model, or of each checkpoint in order of steps."""
@@ -177,5 +192,5 @@ def _step(checkpoint: Path) -> int:
 
 
 def _recorded(checkpoint: Path, step: int, rate: float | None) -> dict[str, Any]:
-    known = {"checkpoint": str(checkpoint.resolve()), "step": step}
+    known = {"checkpoint": checkpoint.resolve().name, "step": step}
     return known if rate is None else {**known, "learning_rate": rate}

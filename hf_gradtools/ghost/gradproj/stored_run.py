@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_gradtools.core.store import MANIFEST
 from hf_gradtools.ghost.gradproj.ensemble import GradientEnsemble
 from hf_gradtools.ghost.gradproj.projector import GradProjector
-from hf_gradtools.ghost.gradproj.run import TEXTS, load_projector
+from hf_gradtools.ghost.gradproj.run import CHECKPOINTS, TEXTS, load_projector
 from hf_gradtools.ghost.gradproj.run_config import ProjectConfig, SearchConfig
 from hf_gradtools.ghost.gradproj.search import Searchable
 from hf_gradtools.ghost.gradproj.store import GradientStore
@@ -262,10 +262,24 @@ class StoredProjections:
             raise ValueError(f"{dataset} has other rows than when it was projected.")
         return tokenized
 
+    def _checkpoint(self, store: GradientStore) -> str | None:
+        """The folder whose weights a store is of, `None` if it is the model itself."""
+        name = store.extra.get("checkpoint")
+        if name is None:
+            return None
+        path = self.folder / CHECKPOINTS
+        folders = json.loads(path.read_bytes()) if path.exists() else {}
+        if name not in folders or not Path(folders[name]).is_dir():
+            raise ValueError(
+                f"checkpoint {name!r} is not where {CHECKPOINTS} says: {folders.get(name)!r}. Restore it, or write "
+                "there where it is now."
+            )
+        return str(folders[name])
+
     def _load_projector(self, number: int, optimizer_aware: bool) -> GradProjector:
         """The projector that made a store."""
         store = self.stores[number]
-        checkpoint = store.extra.get("checkpoint")
+        checkpoint = self._checkpoint(store)
         state = (self._optimizer_state or checkpoint) if optimizer_aware else None
         if optimizer_aware and state is None:
             raise ValueError(

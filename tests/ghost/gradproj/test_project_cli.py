@@ -170,6 +170,17 @@ def test_checkpoints_get_a_store_each_and_are_searched_together(project, texts, 
         assert found.exit_code == 0, found.output
         assert how or found.stdout.splitlines()[2].split()[:2] == ["+1", "5"]
     assert "checkpoint-10 0.750, checkpoint-20 0.250" in (tmp_path / "out" / "search.html").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "checkpoint-10" / "manifest.json").read_text()
+    late.rename(tmp_path / "elsewhere")
+    assert "is not where checkpoints.json says" in refusal(run("search", tmp_path / "out", "--query", row))
+
+
+def test_checkpoints_without_learning_rates_count_equally(project, texts, tiny_model, tmp_path):
+    folders = [make_checkpoint(tmp_path / f"checkpoint-{step}", tiny_model, step, {}, step) for step in (1, 2)]
+    result = project(texts, "--checkpoint", folders[0], "--checkpoint", folders[1])
+    assert "no learning rate was logged up to checkpoint-1, checkpoint-2" in result.stdout
+    assert run("search", tmp_path / "out", "--query", "a b").exit_code == 0
+    assert "checkpoint-1 0.500, checkpoint-2 0.500 (equal" in (tmp_path / "out" / "search.html").read_text()
 
 
 def test_a_dataset_that_is_gone_costs_the_shares_only(project, texts, tmp_path):
