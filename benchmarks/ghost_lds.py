@@ -377,7 +377,8 @@ def traker_scores(task: Task, models: list[Classifier], damping: float) -> Tenso
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
             model, TextClassificationModelOutput(), len(task.train), folder, device="cpu", projector=projector,
-            proj_dim=TRAK_DIM, use_half_precision=False, grad_wrt=list(wanted), logging_level=40, score_computer=Damped,
+            proj_dim=TRAK_DIM, use_half_precision=False, grad_wrt=list(wanted), logging_level=40,
+            score_computer=Damped,
         )  # fmt: skip
         states = [{f"classifier.{name}": p for name, p in each.state_dict().items()} for each in models]
         for number, state in enumerate(states):
