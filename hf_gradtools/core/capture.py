@@ -87,6 +87,8 @@ class LayerCapture:
             output: Tensor = _TakeoverProduct.apply(self.observer, layer, x, module.weight, module.bias)
             return output
 
+        # Known to compute the same.
+        forward.takes_over = True  # type: ignore[attr-defined]
         module.forward = forward
         self._remove.append(lambda: module.__dict__.pop("forward", None))
 
@@ -227,12 +229,12 @@ def find_layers(model: nn.Module, patterns: str | Iterable[str] | None = None) -
 
     Args:
         model: searched by `named_modules`; frozen parameters are left out.
-        patterns: None for all; "all-linear" for matrix products other than the output head; else one or more regular
-            expressions (or plain names) searched in the module names.
+        patterns: None for all; "all-linear" for matrix products other than the output head (subclasses of `nn.Linear`
+            included); else one or more regular expressions (or plain names) searched in the module names.
 
     Raises:
         ValueError: nothing is trainable, or a pattern matches no module with trainable parameters (near matches are
-            named).
+            named), or is no regular expression.
     """
     owners = {name: trainable for name, module in model.named_modules() if (trainable := _own_parameters(module))}
     for name in [name for name in owners if _used_by_parent(model, name)]:
@@ -246,10 +248,16 @@ def find_layers(model: nn.Module, patterns: str | Iterable[str] | None = None) -
     if patterns == "all-linear":
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        return [x for x in layers if isinstance(x.rule, LinearRule) and x.module is not head]
+        # A head that shares its weight with the embeddings, too: its gradient is only whole together with theirs.
+        embedded = {p for x in layers if isinstance(x.module, nn.Embedding) for p in x.parameters.values()}
+        linear = [x for x in layers if isinstance(x.rule, LinearRule) or isinstance(x.module, nn.Linear)]
+        return [x for x in linear if x.module is not head and not embedded & set(x.parameters.values())]
     chosen: dict[str, Layer] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [layer for layer in layers if re.search(pattern, layer.name)]
+        try:
+            matches = [layer for layer in layers if re.search(pattern, layer.name)]
+        except re.error as error:
+            raise ValueError(f"layers={pattern!r} is no regular expression: {error}; correct it") from None
         if not matches:
             close = difflib.get_close_matches(pattern, owners, n=3, cutoff=0.3) or list(owners)[:3]
             raise ValueError(

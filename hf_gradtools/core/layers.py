@@ -307,7 +307,7 @@ def rule_for(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Rule:
     """The rule of a module: by its forward function, elementwise for norms with vectors only, else the general one."""
     forward = type(module).forward
     key = f"{forward.__module__}.{forward.__qualname__}"
-    if "forward" not in module.__dict__ and key in _RULES:
+    if not _computes_otherwise(module) and key in _RULES:
         rule = _RULES[key]()
         if isinstance(module, nn.LayerNorm):
             covered = len(module.normalized_shape) == 1
@@ -320,6 +320,13 @@ def rule_for(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Rule:
     if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and all(p.ndim == 1 for p in parameters.values()):
         return ElementwiseRule(known=True)
     return Rule()
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether somebody has replaced the forward of this module alone; our takeovers and accelerate's hooks, which
+    move weights and inputs between devices, compute the same as before."""
+    patch = module.__dict__.get("forward")
+    return patch is not None and not hasattr(module, "_hf_hook") and not hasattr(patch, "takes_over")
 
 
 def _sample_tokens(activations: Tensor, output_grads: Tensor, layout: SampleLayout) -> Iterator[tuple[Tensor, Tensor]]:

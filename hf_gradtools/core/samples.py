@@ -39,6 +39,8 @@ class SampleLayout:
         leading = values.shape[axis]
         if leading == self.rows:
             return values
+        if self.rows == 1:  # whatever the order, it is all one row's
+            return values.unsqueeze(axis)
         for length in self.seq_lengths:
             if leading == self.rows * length:
                 return values.reshape(*values.shape[:axis], self.rows, length, *values.shape[axis + 1 :])

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 SEALED, IN_PROGRESS = ".arrow", ".inprogress"
 SHARD_NAME = re.compile(r"shard-(\d+)-(\d+)\.(arrow|inprogress)")
 LISTING_ATTEMPTS = 20
+MAX_DIFFERENCES, MAX_SHOWN = 8, 120  # in an error
 DIGEST = "digest"  # of the file that holds it; core/checksums.py
 CHECKSUMS = "checksums"
 
@@ -132,9 +133,24 @@ def _collected(shard: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Names each key whose values differ; empty if none does."""
-    pairs = {key: (stored.get(key, "<absent>"), given.get(key, "<absent>")) for key in {**stored, **given}}
-    return "; ".join(f"{key}: stored {old!r}, given {new!r}" for key, (old, new) in pairs.items() if old != new)
+    """Names each key whose values differ, in nested mappings too; empty if none does."""
+    found = list(_differing("", stored, given))
+    more = f"; and {len(found) - MAX_DIFFERENCES} more" if len(found) > MAX_DIFFERENCES else ""
+    return "; ".join(found[:MAX_DIFFERENCES]) + more
+
+
+def _differing(prefix: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    for key in {**stored, **given}:
+        old, new = (values.get(key, "<absent>") for values in (stored, given))
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(f"{prefix}{key}.", old, new)
+        elif old != new:
+            yield f"{prefix}{key}: stored {_shown(old)}, given {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:

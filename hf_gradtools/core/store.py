@@ -250,6 +250,12 @@ class RowStore:
         self.path.mkdir(parents=True, exist_ok=True)
         fresh = {"schema_version": SCHEMA_VERSION, "complete": False, **given}
         if not (self.path / MANIFEST).exists():
+            if shards := list_shards(self.path):
+                raise ValueError(
+                    f"the folder {self.path} holds {len(shards)} shards of rows, such as "
+                    f"{next(iter(shards.values())).name}, but no {MANIFEST} that says what they are. Delete them, or "
+                    "pass another folder."
+                )
             self._write_manifest(fresh)
         manifest = read_manifest(self.path)
         if differing := differences(manifest["identity"], given["identity"]):

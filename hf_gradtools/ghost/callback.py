@@ -21,12 +21,12 @@ from .engine import GhostDotProd, StepScores
 from .identity import run_identity
 from .layout import infer_layout
 from .loading import load_ghost_dataset
-from .models import base_model, shifts_labels
+from .models import base_model, divides_by_items, shifts_labels
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
 from .results import GhostValues, ghost_values
 from .rows import MicroBatchRecord, build_rows, sample_losses, target_counts
 from .sample_ids import BatchIds, install_ids
-from .validation import model_loss
+from .validation import count_targets, evaluating, model_loss
 from .validation_data import ValidationData
 
 
@@ -169,6 +169,7 @@ class GhostDotProdCallback(TrainerCallback):
         engine.attach()
         self._undo.append(engine.detach)
         self._shifts_labels = shifts
+        self._divides_by_items: bool | None = None  # not known yet
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._records, self._pending = [], None
@@ -177,6 +178,8 @@ class GhostDotProdCallback(TrainerCallback):
             return
         with self._closing_on_error():
             self._batches = self._validation.batches(state.global_step)
+            if self._divides_by_items is None:
+                self._divides_by_items = self._probe_normalizer(kwargs["model"])
             scale = self._update_scale() if self.config.optimizer_aware is True else None
             chunks = {name: chunks for name, (chunks, _) in self._batches.items()}
             self._engine.validate(chunks, scale, separately=self.config.pairwise)
@@ -248,7 +251,8 @@ class GhostDotProdCallback(TrainerCallback):
                 f"compute_loss drops unknown inputs such as {self._key!r}. Pass all of `inputs` to the model."
             )
         counts = target_counts(kwargs, layout, self._shifts_labels)
-        self._records.append(MicroBatchRecord(ids, layout, counts, kwargs.get("num_items_in_batch")))
+        items = kwargs.get("num_items_in_batch")
+        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items is not False))
         self._engine.begin_microbatch(layout)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -261,6 +265,14 @@ class GhostDotProdCallback(TrainerCallback):
         if self.config.sample_losses:
             with self._closing_on_error(), torch.no_grad():
                 record.sample_losses = sample_losses(output, kwargs, record.layout, self._shifts_labels)
+
+    def _probe_normalizer(self, model: nn.Module) -> bool:
+        """Whether the model's loss is divided by `num_items_in_batch`, tried on the first validation batch."""
+        (batch, *_), _ = next(iter(self._batches.values()))
+        if self.loss_fn is not model_loss or not count_targets(batch, self._shifts_labels):
+            return True
+        with evaluating(model):
+            return divides_by_items(model, batch)
 
     # ---- a step
 

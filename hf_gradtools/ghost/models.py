@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model under PEFT adapters; another model itself."""
+    """The model under PEFT adapters, `torch.compile` and data parallelism."""
     from peft import PeftModel
 
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -31,6 +35,23 @@ def shifts_labels(model: nn.Module) -> bool:
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
         return False
     return base.loss_function is ForCausalLMLoss
+
+
+def divides_by_items(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the model's loss is the sum over targets divided by `num_items_in_batch` when it is told that number.
+
+    Trainer tells every model whose forward takes keyword arguments, and many leave it unused.
+
+    Args:
+        model: in eval mode.
+        batch: with labels that count.
+    """
+    try:
+        with torch.no_grad():
+            losses = [model(**batch, num_items_in_batch=torch.tensor(n))["loss"] for n in (1000, 2000)]
+    except TypeError:  # does not take it
+        return False
+    return bool(losses[0].abs() > 1.5 * losses[1].abs())
 
 
 @contextmanager

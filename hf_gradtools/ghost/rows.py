@@ -31,7 +31,8 @@ class MicroBatchRecord:
         ids: of the dataset rows in it.
         layout: how samples lie in it.
         num_targets: label entries of each sample that the loss counts, `[M]`, or None without labels.
-        num_items_in_batch: what Trainer divides the loss by, if the model was told.
+        num_items_in_batch: what the model was told to divide the loss by.
+        divides_by_items: whether it does: many models take the number and leave it. Trainer then scales nothing.
         loss: what the model returned.
         sample_losses: mean loss of each sample, `[M]`.
     """
@@ -40,15 +41,18 @@ class MicroBatchRecord:
     layout: SampleLayout
     num_targets: Tensor | None
     num_items_in_batch: Tensor | int | None
+    divides_by_items: bool = True
     loss: Tensor | None = None
     sample_losses: Tensor | None = None
 
     def normalizer(self, num_microbatches: int) -> float | None:
         """What the sum of token losses was divided by on its way into the step's gradient (mean over ranks)."""
-        if self.num_items_in_batch is not None:
+        if self.num_items_in_batch is not None and self.divides_by_items:
             return float(self.num_items_in_batch)
         if self.num_targets is None:
             return None
+        if self.num_items_in_batch is not None:
+            return float(self.num_targets.sum())
         return float(self.num_targets.sum()) * num_microbatches * distributed.world_size()
 
     def mean_loss(self) -> float:
@@ -56,7 +60,7 @@ class MicroBatchRecord:
         if self.loss is None:
             return float("nan")
         loss = float(self.loss)
-        if self.num_items_in_batch is None or self.num_targets is None:
+        if self.num_items_in_batch is None or not self.divides_by_items or self.num_targets is None:
             return loss
         return loss * float(self.num_items_in_batch) / max(float(self.num_targets.sum()), 1.0)
 
@@ -66,7 +70,7 @@ def target_counts(inputs: Mapping[str, Any], layout: SampleLayout, shifts_labels
     labels = _labels(inputs, shifts_labels)
     if labels is None or labels.shape[0] != layout.rows:
         return None
-    counted = (labels != -100).to(torch.float64)
+    counted = ((labels != -100) | torch.is_floating_point(labels)).to(torch.float64)
     return layout.sum_samples(counted[None])[0]
 
 
@@ -203,7 +207,8 @@ def sample_mean_factor(records: Sequence[MicroBatchRecord]) -> np.ndarray:
         if normalizer is None or record.num_targets is None:
             raise ValueError(
                 "a sample's own mean loss needs to know how the batch's was averaged, but the batch reaches the model "
-                "without labels (label smoothing or compute_loss_func); use scale='contribution', or project a dataset"
+                "without labels (label smoothing, compute_loss_func): GhostDotProdCallback can take "
+                "scale='contribution', GradProjCallback a dataset with loss_fn="
             )
         factors.append(normalizer / record.num_targets.cpu().numpy().clip(min=1))
     return np.concatenate(factors)
@@ -271,6 +276,6 @@ def _labels(inputs: Mapping[str, Any], shifts_labels: bool) -> Tensor | None:
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
     labels = inputs.get("labels")
-    if labels is None or not shifts_labels:
+    if labels is None or not shifts_labels or labels.ndim < 2:
         return labels
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

@@ -69,15 +69,16 @@ class IdCollator:
     def __init__(self, collate: Callable[[list[Any]], Any], key: str, id_column: str, tagged: bool):
         self.collate, self.key, self.id_column, self.tagged = collate, key, id_column, tagged
 
-    def __call__(self, rows: list[Any]) -> Any:
-        pairs = rows if self.tagged else [(self._own_id(row), row) for row in rows]
+    def __call__(self, served: list[Any]) -> Any:
+        pairs = served if self.tagged else [(self._own_id(row), row) for row in served]
         ids = [sample_id for sample_id, _ in pairs]
         rows = [row for _, row in pairs]
         bare = [{k: v for k, v in r.items() if k != self.id_column} if isinstance(r, Mapping) else r for r in rows]
-        batch = self.collate(bare)
+        # Another callback's collator wants what this one was given.
+        batch = self.collate(served if isinstance(self.collate, IdCollator) else bare)
         if not isinstance(batch, Mapping):
             raise TypeError(
-                f"the data collator returned a {type(batch).__name__}; GhostDotProdCallback needs a mapping of model "
+                f"the data collator returned a {type(batch).__name__}; the ghost callbacks need a mapping of model "
                 "inputs, as transformers' collators return"
             )
         hashes = [content_hash(row) for row in bare]
@@ -115,7 +116,8 @@ def install_ids(dataloader: Any, key: str, id_column: str) -> Callable[[], None]
     else:
         # DataLoader guards this attribute against reassignment because samplers may hold the dataset; ours has the
         # same length and order.
-        object.__setattr__(loader, "dataset", IdDataset(dataset, id_column))
+        if not isinstance(dataset, IdDataset):  # another callback may have been here
+            object.__setattr__(loader, "dataset", IdDataset(dataset, id_column))
     loader.collate_fn = IdCollator(collate, key, id_column, tagged=not iterable)
 
     def undo() -> None:
@@ -179,3 +181,17 @@ def _checked_id(value: Any, column: str) -> int | str:
 
 def _length(row: Any) -> int:
     return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 1
+
+
+def bare_collator(collate: Any) -> Any:
+    """The collator below those that ghost callbacks have put around it."""
+    while isinstance(collate, IdCollator):
+        collate = collate.collate
+    return collate
+
+
+def bare_dataset(dataset: Any) -> Any:
+    """The dataset below those that ghost callbacks have put around it."""
+    while isinstance(dataset, IdDataset):
+        dataset = dataset.dataset
+    return dataset

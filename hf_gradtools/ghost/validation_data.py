@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from ..core import distributed
 from .config import GhostDotProdConfig
-from .sample_ids import IdCollator
+from .sample_ids import bare_collator
 
 
 Rows = Any  # a map-style dataset
@@ -41,7 +41,7 @@ class ValidationData:
         needs_labels: bool,
     ):
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        self.collate = collate or _innermost(loader.collate_fn) or default_collate
+        self.collate = collate or bare_collator(loader.collate_fn) or default_collate
         self.config, self.device, self.needs_labels = config, device, needs_labels
         self.ids = {name: _ids(rows, config.sample_id_column) for name, rows in named(datasets).items()}
         self.rows = {
@@ -112,12 +112,6 @@ def named(datasets: Rows | Mapping[str, Rows]) -> dict[str, Rows]:
     if isinstance(datasets, Mapping):
         return dict(datasets)
     return {"validation": datasets}
-
-
-def _innermost(collate: Any) -> Any:
-    while isinstance(collate, IdCollator):
-        collate = collate.collate
-    return collate
 
 
 def _ids(rows: Rows, column: str) -> list[Any]:

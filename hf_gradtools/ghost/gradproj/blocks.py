@@ -55,11 +55,7 @@ def find_blocks(layers: Sequence[Layer], config: GradProjConfig, energies: Mappi
     """
     shapes = block_shapes(layers)
     if config.rank == AUTO:
-        matrices = [name for name, (_, inputs) in shapes.items() if inputs > 1]
-        numbers = AUTO_RANK**2 * len(matrices)
-        by_energy = energy_ranks([shapes[n] for n in matrices], [energies.get(n, 0.0) for n in matrices], numbers)
-        chosen = dict(zip(matrices, by_energy, strict=True))
-        ranks = [chosen[name] if name in chosen else square_ranks(shapes[name], AUTO_RANK**2) for name in shapes]
+        ranks = list(_ranks_by_energy(shapes, energies).values())
     elif config.rank is None:
         assert config.proj_rank_total is not None
         ranks = split_rank(list(shapes.values()), config.proj_rank_total)
@@ -67,6 +63,17 @@ def find_blocks(layers: Sequence[Layer], config: GradProjConfig, energies: Mappi
         assert isinstance(config.rank, tuple)
         ranks = [_ranks(shape, *config.rank) for shape in shapes.values()]
     return [Block(name, shape, rank) for (name, shape), rank in zip(shapes.items(), ranks, strict=True)]
+
+
+def _ranks_by_energy(
+    shapes: Mapping[str, tuple[int, int]], energies: Mapping[str, float]
+) -> dict[str, tuple[int, int]]:
+    """Of matrices as many numbers as ranks of 64 would make, by energy; vectors have up to 64² numbers each."""
+    ranks = {name: square_ranks(shape, AUTO_RANK**2) for name, shape in shapes.items()}
+    if matrices := [name for name, (_, inputs) in shapes.items() if inputs > 1]:
+        sizes, weights = [shapes[name] for name in matrices], [energies.get(name, 0.0) for name in matrices]
+        ranks.update(zip(matrices, energy_ranks(sizes, weights, AUTO_RANK**2 * len(matrices)), strict=True))
+    return ranks
 
 
 def _ranks(shape: tuple[int, int], k_in: int | None, k_out: int | None) -> tuple[int, int]:

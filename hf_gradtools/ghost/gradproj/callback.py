@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ... import __version__
 from ...core import distributed
 from ..identity import frozen_fingerprint
 from ..models import model_name
+from ..sample_ids import bare_collator
 from ..validation import LossFn, model_loss
-from .batches import Collator
+from .batches import Collator, check_dataset
 from .config import GradProjConfig
 from .ensemble import GradientEnsemble
-from .projector import GradProjector, finish_all_ranks
+from .projector import GradProjector, finish_all_ranks, holds_rows
 from .store import GradientStore
 from .training import TrainingProjections
 from .writer import GradientWriter
@@ -39,13 +40,14 @@ class GradProjCallback(TrainerCallback):
     Training is left as it is: weights end bit for bit as without the callback.
 
     ```python
-    callback = GradProjCallback(train_rows, output_dir="out/gradients", on_save=True)
-    Trainer(model, args, train_dataset=train_rows, callbacks=[callback]).train()
-    callback.ensemble().search(queries, k=10)
+    callback = GradProjCallback({"train": rows, "target": few_rows}, output_dir="out/gradients", on_save=True)
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    callback.ensemble("train").search(callback.ensemble("target"), k=10)
     ```
 
     Args:
-        dataset: rows, tokenized as those of training are; None for the training batches.
+        dataset: rows, tokenized as those of training are, or several sets of them by name, each a store in
+            `output_dir/step-N/<name>` whose gradients compare; None for the training batches.
         output_dir: folder of the store, or of one store for each step.
         every_steps: how often; default every step for the training batches.
         steps: at these optimizer steps instead.
@@ -67,7 +69,7 @@ class GradProjCallback(TrainerCallback):
         *,
         output_dir: str | os.PathLike[str],
         every_steps: int | None = None,
-        steps: Collection[int] | None = None,
+        steps: int | Collection[int] | None = None,
         on_save: bool = False,
         data_collator: Collator | None = None,
         loss_fn: LossFn = model_loss,
@@ -87,30 +89,47 @@ class GradProjCallback(TrainerCallback):
             raise ValueError("dataset is given without when to project it: pass every_steps=, steps= or on_save=True")
         if dataset is None and on_save:
             raise ValueError("on_save=True projects a dataset at each checkpoint; pass dataset=")
-        if dataset is not None and len(dataset) == 0:
-            raise ValueError("dataset has 0 rows; GradProjCallback needs at least 1")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps={every_steps} must be at least 1")
-        self.dataset, self.output_dir = dataset, Path(output_dir)
-        self.every_steps, self.steps, self.on_checkpoints = every_steps, steps, on_save
+        self.steps = None if steps is None else {steps} if isinstance(steps, int) else set(steps)
+        if self.steps is not None and (not self.steps or min(self.steps) < 1):
+            raise ValueError(f"steps={steps!r} must be numbers of optimizer steps, from 1 on")
+        self.datasets = named_datasets(dataset)
+        self.output_dir, self.every_steps, self.on_checkpoints = Path(output_dir), every_steps, on_save
         self.data_collator, self.loss_fn = data_collator, loss_fn
         self.batch_size, self.sample_id_column = batch_size, sample_id_column
         self._projector: GradProjector | None = None
         self._training: TrainingProjections | None = None
         self._writer: GradientWriter | None = None
         self._pending: dict[str, Any] | None = None
+        self._rate = 0.0
 
     # ---- results
 
     @property
     def store(self) -> GradientStore:
         """The rows of the training batches so far, also while training runs."""
+        if self.datasets:
+            raise ValueError("a dataset is projected here, not the training batches; its stores are in ensemble()")
         return GradientStore.open(self.output_dir)
 
-    def ensemble(self, **options: Any) -> GradientEnsemble:
-        """The stores of all chosen steps, weighed by their learning rates; see [`GradientEnsemble`]."""
-        folders = sorted(self.output_dir.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
-        return GradientEnsemble([GradientStore.open(folder) for folder in folders], **options)
+    def ensemble(self, name: str | None = None, **options: Any) -> GradientEnsemble:
+        """The stores of all chosen steps, weighed by their learning rates; see [`GradientEnsemble`].
+
+        Args:
+            name: of the dataset, where there are several.
+            **options: of the ensemble, such as `weights`.
+
+        Raises:
+            ValueError: there is no such dataset, or no step has been projected.
+        """
+        if (name or "") not in self.datasets:
+            raise ValueError(f"name={name!r} is no dataset of this callback; it has {list(self.datasets)}")
+        stores = [GradientStore.open(folder / (name or "")) for folder in self._step_folders()]
+        return GradientEnsemble(stores, **options)
+
+    def _step_folders(self) -> list[Path]:
+        return sorted(self.output_dir.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
 
     # ---- events
 
@@ -125,11 +144,18 @@ class GradProjCallback(TrainerCallback):
             raise ValueError("GradProjCallback needs whole parameters and DeepSpeed partitions them; train without it")
         model, dataloader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(dataloader, "base_dataloader", dataloader)
+        if self.datasets and state.global_step == 0 and self._step_folders():
+            raise ValueError(
+                f"output_dir={os.fspath(self.output_dir)!r} holds {self._step_folders()[0].name} of an earlier run; "
+                "choose another folder, or resume the run by trainer.train(resume_from_checkpoint=True)"
+            )
         with self._closing_on_error():
-            collator = self.data_collator or loader.collate_fn
+            collator = self.data_collator or bare_collator(loader.collate_fn)
             self._projector = GradProjector(model, data_collator=collator, loss_fn=self.loss_fn, config=self.config)
             self._optimizer = kwargs["optimizer"]
-            if self.dataset is None:
+            if not self.datasets:
+                if holds_rows(self.output_dir):  # a run that goes on, from other weights
+                    self._projector.adopt(self.output_dir, any_weights=True)
                 self._training = TrainingProjections(
                     self._projector, self._optimizer, dataloader, self.sample_id_column, self.close
                 )
@@ -137,6 +163,7 @@ class GradProjCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._pending = None
+        self._rate = self._learning_rate()  # the scheduler moves on before the step ends
         if self._training is not None:
             self._training.begin_step(self._is_chosen(state.global_step + 1))
 
@@ -147,7 +174,7 @@ class GradProjCallback(TrainerCallback):
             self._pending = self._training.columns()
             rows = len(self._pending["sample_id"])
             self._pending["step"] = [state.global_step + 1] * rows
-            self._pending["learning_rate"] = [self._learning_rate()] * rows
+            self._pending["learning_rate"] = [self._rate] * rows
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._pending is not None and self._optimizer.step_was_skipped:
@@ -160,14 +187,16 @@ class GradProjCallback(TrainerCallback):
                 self._pending["epoch"] = [float(state.epoch or 0.0)] * len(self._pending["step"])
                 self._writer.append(self._pending)
             self._pending = None
-        if self.dataset is not None and not self.on_checkpoints and self._is_chosen(state.global_step):
-            self._project_dataset(state)
+        if self.datasets and not self.on_checkpoints and self._is_chosen(state.global_step):
+            self._project_datasets(state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.dataset is not None and self.on_checkpoints:
-            self._project_dataset(state)
+        if self.datasets and self.on_checkpoints:
+            self._project_datasets(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if missed := sorted(step for step in self.steps or () if step > state.global_step):
+            logger.warning("training ended at step %d, before steps=%s", state.global_step, missed)
         if self._writer is not None:
             finish_all_ranks(self._writer)
         self.close()
@@ -193,24 +222,25 @@ class GradProjCallback(TrainerCallback):
             raise
 
     def _is_chosen(self, step: int) -> bool:
-        return step in self.steps if self.steps is not None else step % (self.every_steps or 1) == 0
+        return step in self.steps if self.steps else step % (self.every_steps or 1) == 0
 
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _project_dataset(self, state: TrainerState) -> None:
+    def _project_datasets(self, state: TrainerState) -> None:
         assert self._projector is not None
-        # What the scheduler has set by now is for the next step, the one that these weights will take.
-        extra = {"step": state.global_step, "learning_rate": self._learning_rate()}
+        extra = {"step": state.global_step, "learning_rate": self._rate}
         with self._closing_on_error():
-            folder = self.output_dir / f"step-{state.global_step}"
-            self._projector.project(self.dataset, output_dir=folder, batch_size=self.batch_size, extra=extra)
+            for name, rows in self.datasets.items():
+                folder = self.output_dir / f"step-{state.global_step}" / name
+                self._projector.project(rows, output_dir=folder, batch_size=self.batch_size, extra=extra)
 
     def _open_writer(self, model: nn.Module, state: TrainerState) -> GradientWriter:
         assert self._projector is not None
-        # Trainable weights are not part of it, since a resumed run starts from other ones.
-        identity = {**self._projector.identity(), "weights": frozen_fingerprint(model)}
-        identity["dataset"] = {"training_batches": True, "world_size": distributed.world_size()}
+        # Trainable weights are not part of it: each step has its own, and a resumed run starts from later ones.
+        frozen = {"training_batches": True, "frozen_weights": frozen_fingerprint(model)}
+        dataset = {**frozen, "world_size": distributed.world_size()}
+        identity = {**self._projector.identity(), "weights": "those of each step", "dataset": dataset}
         writer = GradientWriter(
             self.output_dir,
             identity,
@@ -225,9 +255,23 @@ class GradProjCallback(TrainerCallback):
                 f"output_dir={os.fspath(self.output_dir)!r} holds the {writer.num_rows} rows of a finished run; "
                 "choose another folder, or resume the run by trainer.train(resume_from_checkpoint=True)"
             )
+        if not writer.num_rows:
+            self._projector.save_fit(self.output_dir)
         dropped = writer.truncate("step", state.global_step) if writer.num_rows else 0
         if dropped:
             logger.warning(
                 "%d rows of steps after %d, which training makes again, were dropped", dropped, state.global_step
             )
         return writer
+
+
+def named_datasets(dataset: Any) -> dict[str, Any]:
+    """Datasets by name, a single one by the empty name; none for None.
+
+    Raises:
+        ValueError: one has no rows or no length.
+    """
+    datasets = {} if dataset is None else dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+    for rows in datasets.values():
+        check_dataset(rows)
+    return datasets

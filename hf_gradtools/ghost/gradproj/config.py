@@ -38,8 +38,10 @@ class GradProjConfig:
         loss_reduction: "mean" is the gradient of a sample's mean loss, as if trained on alone; "sum" of its sum.
         dtype: of the stored numbers.
         fit_samples: rows that "auto" ranks and "pca" bases are fitted on.
-        on_uncovered: "error" or "warn" when the projections of the first batch do not account for all of its
-            gradient, as autograd has it; "ignore" saves that check.
+        on_uncovered: "error" or "warn" when the projections of a first batch do not account for all of its gradient
+            as autograd has it, or rows have other gradients in a batch than alone; "ignore" saves these checks.
+        on_nonfinite: "error" or "skip" when a sample's gradient is not finite; skipped samples of a dataset are
+            stored as zeros, those of training batches not at all.
 
     Raises:
         ValueError: an option is out of range or does not go with another.
@@ -55,6 +57,7 @@ class GradProjConfig:
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     fit_samples: int = 32
     on_uncovered: Literal["error", "warn", "ignore"] = "error"
+    on_nonfinite: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         self._check_choice("stages", (1, 2))
@@ -62,11 +65,12 @@ class GradProjConfig:
         self._check_choice("loss_reduction", REDUCTIONS)
         self._check_choice("dtype", DTYPES)
         self._check_choice("on_uncovered", ("error", "warn", "ignore"))
+        self._check_choice("on_nonfinite", ("error", "skip"))
         self.rank = self._checked_rank()
         for name in ("proj_rank_total", "fit_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an int of at least 1")
         if self.rank == AUTO and self.stages == 1:
             raise ValueError("rank='auto' needs the second stage: pass stages=2, or a rank in numbers")
         if self.stages == 1 and self.rank is not None and self.proj_rank_total is not None:
@@ -106,5 +110,5 @@ class GradProjConfig:
 
     def identity(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
-        free = {"dtype", "on_uncovered", "layers"}
+        free = {"dtype", "on_uncovered", "on_nonfinite", "layers"}
         return {key: value for key, value in asdict(self).items() if key not in free}

@@ -15,7 +15,7 @@ from ...core.capture import LayerCapture, Observer
 from ...core.quantized import keep_quantized_gradients
 from ...core.samples import SampleLayout
 from ..layout import infer_layout
-from ..models import shifts_labels
+from ..models import base_model, shifts_labels
 from ..rows import target_counts
 from ..validation import LossFn, evaluating, model_loss
 
@@ -56,7 +56,7 @@ class GradientPass:
         chosen = set() if frozen else {p for layer in self.layers for p in layer.parameters.values()}
         capture = LayerCapture(self.layers, observer, frozen=True)
         restore_quantized = keep_quantized_gradients(self.model)
-        with evaluating(self.model), _without_cache(self.model):
+        with evaluating(self.model), _plain_outputs(self.model):
             try:
                 for p in flags:
                     p.requires_grad_(p in chosen)
@@ -89,7 +89,7 @@ class GradientPass:
         Without such labels a gradient is zero.
         """
         layout = infer_layout((), batch)
-        counts = self._target_counts(batch, layout)
+        counts = self.target_counts(batch)
         collector.begin(layout, self.device, self.dtype)
         if counts.sum() > 0:
             self.loss(batch).backward()
@@ -99,7 +99,13 @@ class GradientPass:
         factor = torch.where(counts > 0, factor, 0.0)
         return rows * factor.to(rows)[:, None], counts.long().tolist()
 
-    def _target_counts(self, batch: dict[str, Any], layout: SampleLayout) -> Tensor:
+    def target_counts(self, batch: dict[str, Any]) -> Tensor:
+        """Labels that count in each sample's loss, `[N]`; one where the loss is not of labels.
+
+        Raises:
+            ValueError: the model is to return a loss and there are no labels.
+        """
+        layout = infer_layout((), batch)
         counts = target_counts(batch, layout, self._shifts_labels)
         if counts is not None:
             return counts.cpu().double()
@@ -112,14 +118,15 @@ class GradientPass:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Without the key-value cache that models fill by default, and that no loss needs."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Without the key-value cache that models fill by default and no loss needs, and without the balancing loss of
+    experts, which is of the batch and no sample's own."""
+    config = getattr(base_model(model), "config", None)
+    switched_on = [name for name in ("use_cache", "output_router_logits") if getattr(config, name, False)]
+    for name in switched_on:
+        setattr(config, name, False)
     try:
         yield
     finally:
-        config.use_cache = True
+        for name in switched_on:
+            setattr(config, name, True)

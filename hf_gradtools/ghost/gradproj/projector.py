@@ -15,16 +15,18 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...core import distributed
-from ...core.capture import find_layers
 from ...core.projection import Bases, Block, Projection
-from ...core.store import StoreMismatchError, read_manifest
+from ...core.shards import as_json, differences
+from ...core.store import MANIFEST, StoreMismatchError, read_manifest
 from ..identity import weights_fingerprint
-from ..models import differentiated, load_any_model, model_name
-from ..validation import LossFn, model_loss
+from ..models import divides_by_items, load_any_model, model_name
+from ..validation import LossFn, evaluating, model_loss
 from .batches import (
     BatchMaker,
     Collator,
     Window,
+    batch_fingerprint,
+    check_dataset,
     dataset_fingerprint,
     plan_windows,
     row_ids,
@@ -32,11 +34,13 @@ from .batches import (
     share_of_rank,
 )
 from .blocks import Tokens, block_shapes, find_blocks, parameter_names, principal_bases, random_bases
-from .check import check_coverage
+from .check import batch_to_check, check_coverage, check_rows
+from .chosen import choose_layers
 from .collector import ProjectionCollector
 from .config import GradProjConfig
 from .fitting import FitCollector, bases_digest, load_bases, save_bases
 from .passes import GradientPass
+from .randomness import repeatable, seed_all
 from .store import GradientStore, GradientWriter
 
 
@@ -89,10 +93,7 @@ class GradProjector:
         self.config = config or GradProjConfig(**options)
         self.model: nn.Module = model if isinstance(model, nn.Module) else load_any_model(model)
         self.data_collator, self.optimizer_state = data_collator, optimizer_state
-        with differentiated(self.model):
-            self.layers = find_layers(self.model, self.config.layers)
-        if not self.layers:
-            raise ValueError(f"layers={self.config.layers!r} leaves no layer; pass layers=None or names of modules")
+        self.layers = choose_layers(self.model, self.config.layers)
         self._pass = GradientPass(self.model, self.layers, loss_fn, self.config.loss_reduction)
         self._projection: Projection | None = None
         if not self.config.is_fitted:
@@ -135,9 +136,9 @@ class GradProjector:
             "weights": weights_fingerprint(self.model),
             "model_dtype": str(weight.dtype).removeprefix("torch."),
             "layers": [layer.name for layer in self.layers],
+            **self.config.identity(),
             RANKS: {block.name: list(block.ranks) for block in blocks},
             "bases": bases_digest(self.projection.bases) if fits_bases else None,
-            **self.config.identity(),
         }
 
     # ---- what it is for
@@ -172,14 +173,16 @@ class GradProjector:
         for name, value in (("batch_size", batch_size), ("window_rows", window_rows)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if len(dataset) == 0:
-            raise ValueError("dataset has 0 rows; GradProjector.project needs at least 1. Pass ds['train'].")
+        check_dataset(dataset)
         self.data_collator = collator or self.data_collator
-        self._prepare(dataset, batch_size, output_dir)
-        windows = plan_windows(row_lengths(dataset), window_rows, batch_size)
-        with self._writer(dataset, output_dir, extra, window_rows) as writer:
-            if not writer.complete:
-                self._write(dataset, share_of_rank(windows, distributed.rank(), distributed.world_size()), writer)
+        with repeatable(self.config.seed, self.device):
+            if holds_rows(output_dir):
+                self.adopt(output_dir)
+            self._prepare(dataset, batch_size)
+            windows = plan_windows(row_lengths(dataset), window_rows, batch_size)
+            with self._writer(dataset, output_dir, extra, window_rows) as writer:
+                if not writer.complete:
+                    self._write(dataset, share_of_rank(windows, distributed.rank(), distributed.world_size()), writer)
         return GradientStore.open(output_dir).bind(self)
 
     def gradients(self, rows: Any, optimizer_aware: bool = False, batch_size: int = 8) -> Tensor:
@@ -193,20 +196,21 @@ class GradProjector:
         Raises:
             ValueError: a row has no label that counts, or there is no optimizer state.
         """
-        if len(rows) == 0:
-            raise ValueError("there are 0 rows to take gradients of; pass at least 1")
-        self._prepare(rows, batch_size)
-        return self._gradients(rows, self.projection, optimizer_aware, batch_size)
+        check_dataset(rows)
+        with repeatable(self.config.seed, self.device):
+            self._prepare(rows, batch_size)
+            return self._gradients(rows, self.projection, optimizer_aware, batch_size)
 
     def layer_dots(self, queries: Any, rows: Any, batch_size: int = 8) -> dict[str, Tensor]:
         """By layer, the inner products of the gradients of queries and rows: `[Q, R]` each.
 
         They are estimated from the first stage, before the sketch adds the layers up.
         """
-        self._prepare(queries, batch_size)
-        blocks = list(self.projection.blocks.values())
-        stage_one = Projection(blocks, self.projection.bases, None, self.config.seed)
-        ours, theirs = (self._gradients(x, stage_one, False, batch_size) for x in (queries, rows))
+        with repeatable(self.config.seed, self.device):
+            self._prepare(queries, batch_size)
+            blocks = list(self.projection.blocks.values())
+            stage_one = Projection(blocks, self.projection.bases, None, self.config.seed)
+            ours, theirs = (self._gradients(x, stage_one, False, batch_size) for x in (queries, rows))
         names, dots = parameter_names(self.layers), dict[str, Tensor]()
         for layer in self.layers:
             for parameter in layer.parameters.values():
@@ -231,28 +235,49 @@ class GradProjector:
         self._install(blocks, tokens=collector.tokens())
 
     def prepare(self, dataset: Any, collator: Collator | None = None, batch_size: int = 8) -> None:
-        """Fits what depends on samples, unless that is done, and checks that all of the gradient is projected."""
+        """Fits what depends on samples, unless that is done, and checks gradients of some rows."""
         self.data_collator = collator or self.data_collator
-        self._prepare(dataset, batch_size)
+        with repeatable(self.config.seed, self.device):
+            self._prepare(dataset, batch_size)
 
-    def adopt(self, store: str | os.PathLike[str]) -> None:
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is left to be fitted."""
+        return self._projection is not None
+
+    def divides_by_items(self, dataset: Any) -> bool:
+        """Whether the model divides its loss by the `num_items_in_batch` that Trainer tells it."""
+        with repeatable(self.config.seed, self.device), evaluating(self.model):
+            batch = self._batch_to_check(dataset)
+            return bool(self._pass.target_counts(batch).sum()) and divides_by_items(self.model, batch)
+
+    def adopt(self, store: str | os.PathLike[str], any_weights: bool = False) -> None:
         """Takes the fit of a store, so that what is projected next compares with its rows, unless something was
         fitted before.
 
+        Args:
+            store: its folder.
+            any_weights: also if its gradients are of other weights, as after some more training.
+
         Raises:
-            StoreMismatchError: its gradients are of other layers.
+            StoreMismatchError: it is of another model or other options.
         """
         if self._projection is not None:
             return
-        ranks = read_manifest(store)["identity"].get(RANKS, {})
-        shapes = block_shapes(self.layers)
-        if set(ranks) != set(shapes):
+        stored, mine = read_manifest(store)["identity"], as_json(self.identity())
+        compared = set(mine) - {RANKS, "bases"} - ({"weights"} if any_weights else set())
+        if differing := differences({key: stored.get(key) for key in compared}, {key: mine[key] for key in compared}):
             raise StoreMismatchError(
-                f"the store {os.fspath(store)} has gradients of other layers ({', '.join(list(ranks)[:3])}, …) than "
-                f"this projector ({', '.join(list(shapes)[:3])}, …); pass its model and layers="
+                f"the store {os.fspath(store)} was made with other settings: {differing}. Pass another folder, or the "
+                "model and options it was made with."
             )
-        blocks = [Block(name, shape, tuple(ranks[name])) for name, shape in shapes.items()]
+        blocks = [Block(name, shape, tuple(stored[RANKS][name])) for name, shape in block_shapes(self.layers).items()]
         self._install(blocks, bases=load_bases(store, self._pass.device))
+
+    def save_fit(self, folder: str | os.PathLike[str]) -> None:
+        """Writes what no seed brings back beside rows that are going to be made with it."""
+        if self.config.basis == "pca" and distributed.rank() == 0:
+            save_bases(self.projection.bases, folder)
 
     # ---- how
 
@@ -266,19 +291,20 @@ class GradProjector:
             bases = principal_bases(blocks, self.layers, tokens, bases, self.config.seed)
         self._projection = Projection(blocks, bases, self.config.sketch_dim, self.config.seed, self._pass.device)
 
-    def _prepare(self, dataset: Any, batch_size: int, folder: str | os.PathLike[str] | None = None) -> None:
-        """Fits what is to be fitted, and checks once that all of the gradient is projected."""
+    def _prepare(self, dataset: Any, batch_size: int) -> None:
+        """Fits what is to be fitted, and checks once that projections are whole and rows are their own."""
         if self._projection is None:
-            if folder is not None and _holds_rows(folder):
-                self.adopt(folder)
-            else:
-                self.fit(dataset, batch_size)
-        if folder is not None and self.config.basis == "pca" and distributed.rank() == 0:
-            save_bases(self.projection.bases, folder)
+            self.fit(dataset, batch_size)
         if not self._is_checked:
-            batch = BatchMaker(self.model, self.data_collator)(dataset, sorted({0, len(dataset) // 2}))
+            batch = self._batch_to_check(dataset)
             check_coverage(self._pass, self.projection, batch, self.config.on_uncovered)
-            self._is_checked = True
+            if batch_size > 1:
+                check_rows(self._pass, self.projection, batch, self.config.on_uncovered)
+            self._is_checked = batch_size > 1
+
+    def _batch_to_check(self, dataset: Any) -> dict[str, Any]:
+        make = BatchMaker(self.model, self.data_collator)
+        return batch_to_check(self._pass, lambda indices: make(dataset, indices), len(dataset))
 
     def _collector(self, projection: Projection, optimizer_aware: bool) -> ProjectionCollector:
         collector = ProjectionCollector(self.layers, projection)
@@ -311,6 +337,7 @@ class GradProjector:
             **self.identity(),
             "dataset": {
                 "content": dataset_fingerprint(dataset),
+                "collated": batch_fingerprint(self._batch_to_check(dataset)),
                 "rows": len(dataset),
                 "world_size": distributed.world_size(),
                 "window_rows": window_rows,
@@ -321,9 +348,18 @@ class GradProjector:
             folder, identity, dim=self.dim, dtype=self.config.dtype, extra=recorded, rank=distributed.rank()
         )
         try:
+            if not writer.num_rows:
+                self.save_fit(folder)
             yield writer
         finally:
             writer.close()
+
+    def _skip_nonfinite(self, rows: Tensor, ids: Sequence[int | str]) -> None:
+        """Zeros in the place of gradients that are not finite, if that is wanted; the store refuses others."""
+        bad = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
+        if bad and self.config.on_nonfinite == "skip":
+            logger.warning("the gradients of samples %s are not finite; zeros are stored", [ids[i] for i in bad])
+            rows[bad] = 0.0
 
     def _write(self, dataset: Any, windows: Sequence[Window], writer: GradientWriter) -> None:
         batches, ids = BatchMaker(self.model, self.data_collator), row_ids(dataset)
@@ -336,6 +372,7 @@ class GradProjector:
             for window in windows:
                 if window.stop - windows[0].start <= done:
                     continue
+                seed_all(self.config.seed + window.start)  # a resumed run draws what an undisturbed one did
                 rows = torch.empty(window.stop - window.start, self.dim)
                 counts = torch.zeros(len(rows), dtype=torch.long)
                 for indices in window.batches:
@@ -344,6 +381,7 @@ class GradProjector:
                     rows[places], counts[places] = gradients.float().cpu(), torch.tensor(found)
                     bar.update(len(indices))
                 empty += int((counts == 0).sum())
+                self._skip_nonfinite(rows, ids[window.start : window.stop])
                 writer.append({"sample_id": ids[window.start : window.stop], "gradient": rows, "num_tokens": counts})
         finish_all_ranks(writer)
         if empty:
@@ -360,6 +398,6 @@ def finish_all_ranks(writer: GradientWriter) -> None:
     distributed.barrier()
 
 
-def _holds_rows(folder: str | os.PathLike[str]) -> bool:
+def holds_rows(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder is a store with rows."""
-    return any(Path(folder).glob("shard-*"))
+    return (Path(folder) / MANIFEST).exists() and any(Path(folder).glob("shard-*"))

@@ -116,6 +116,8 @@ def _project(store: GradientStore, rows: Any, optimizer_aware: bool) -> Tensor:
             f"queries are rows, and the store {store.path} has no projector to take their gradients. Bind the one "
             "that made it, store.bind(projector), or pass gradients [queries, dim]."
         )
+    # Its model may have trained on since it was bound.
+    store.check_comparable(store.projector.identity(), "the projector as it is now")
     gradients: Tensor = store.projector.gradients(rows, optimizer_aware=optimizer_aware)
     return gradients.detach().float().cpu()
 

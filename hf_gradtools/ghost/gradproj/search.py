@@ -99,6 +99,8 @@ class Searchable(ABC):
         arXiv 2405.13954; Barshan et al., RelatIF, arXiv 2003.11630; Xia et al., LESS, arXiv 2402.04333.
         """
         _check_choice("backend", backend, BACKENDS)
+        if not isinstance(k, int):
+            raise ValueError(f"k={k!r} must be an int.")
         if not 1 <= k <= len(self) and len(self):
             raise ValueError(f"k={k}, but the store has {len(self)} rows. Pass 1 <= k <= {len(self)}.")
         found, scorers = prepare(self, queries, metric, precondition, damping, reduce, progress)

@@ -92,6 +92,7 @@ class GradientStore(Searchable):
         self.projector: Projector | None = None
         self.indexes: dict[tuple[Any, ...], Any] = {}  # of FAISS
         self._layout = list_layout(self.path, self.dim, self.identity["dtype"])
+        self._check_shards(manifest.get("shards", {}))
         self._fisher: Tensor | None = None
         self._sample_ids: np.ndarray | None = None
 
@@ -128,6 +129,14 @@ class GradientStore(Searchable):
         return cls(snapshot_download(str(path_or_hub_id), repo_type="dataset", revision=revision, token=token))
 
     # ---- what it holds
+
+    def _check_shards(self, counts: Mapping[str, int]) -> None:
+        """Holds the shards against what the manifest of a complete store says of them."""
+        there = {shard.path.name: shard.num_rows for shard in self._layout.shards}
+        if lost := [name for name, rows in counts.items() if there.get(name, 0) != rows]:
+            raise checksums.StoreCorruptError(
+                self.path, [checksums.Damage(name, "is missing or has lost rows", (0, 0)) for name in lost]
+            )
 
     @property
     def stores(self) -> list[GradientStore]:
@@ -195,7 +204,10 @@ class GradientStore(Searchable):
         return read_rows(self._layout, wanted)
 
     def to_dataset(self) -> Dataset:
-        """All columns as a memory-mapped `datasets.Dataset`; bfloat16 gradients become float32 when they are read."""
+        """All columns as a memory-mapped `datasets.Dataset`.
+
+        Arrow has no bfloat16: such gradients are int16 bits, and read as float32 until another format is set.
+        """
         dataset = read_dataset(self.path)
         return dataset if self.dtype != "bfloat16" else dataset.with_transform(_from_bfloat16)
 
@@ -323,7 +335,7 @@ class GradientStore(Searchable):
             ValueError: rows are in progress, or the folder holds a store.
         """
         files, target = self._files(), Path(folder)
-        if (target / MANIFEST).exists():
+        if (target / MANIFEST).exists() or any(target.glob("shard-*")):
             raise ValueError(f"folder={str(folder)!r} holds a store already; pass another, or delete that one.")
         target.mkdir(parents=True, exist_ok=True)
         for file in files:  # the manifest last: without it there is no store

@@ -91,6 +91,7 @@ def iter_blocks(layout: Layout, rows_per_block: int) -> Iterator[tuple[int, Tens
                 first, filled = first + filled, 0
     if filled:
         yield first, buffer[:filled]
+    _check_all_came(first + filled, layout)
 
 
 def iter_pieces(layout: Layout) -> Iterator[Tensor]:
@@ -143,7 +144,17 @@ def read_rows(layout: Layout, indices: Tensor) -> Tensor:
         if high > low:
             out[places[low:high]] = piece[ordered[low:high] - first].float()
         first += len(piece)
+    _check_all_came(first, layout)
     return out
+
+
+def _check_all_came(num_rows: int, layout: Layout) -> None:
+    """Rows that were there when a store was opened may have been dropped by its writer since."""
+    if num_rows < layout.num_rows:
+        raise RuntimeError(
+            f"the store had {layout.num_rows} rows when it was opened and has {num_rows} of them now: its writer "
+            "dropped some. Open it again."
+        )
 
 
 def column_of(shards: Sequence[Shard], name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +20,12 @@ from ..fused_head import fused_head_layer, install_fused_tap
 from ..layout import infer_layout
 from ..models import shifts_labels
 from ..rows import MicroBatchRecord, sample_columns, sample_mean_factor, target_counts
-from ..sample_ids import install_ids
+from ..sample_ids import bare_collator, bare_dataset, install_ids
 from .collector import ProjectionCollector
 from .projector import GradProjector
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingProjections:
@@ -48,9 +52,11 @@ class TrainingProjections:
         self.active = False
         self._shifts_labels = shifts_labels(self.model)
         loader = getattr(dataloader, "base_dataloader", dataloader)
+        self._divides_by_items = True
         if not isinstance(loader.dataset, IterableDataset):
-            projector.prepare(loader.dataset, loader.collate_fn)
-        elif projector.config.is_fitted:
+            projector.prepare(bare_dataset(loader.dataset), bare_collator(loader.collate_fn))
+            self._divides_by_items = projector.divides_by_items(bare_dataset(loader.dataset))
+        elif not projector.is_ready:
             raise ValueError(
                 "ranks or bases that are fitted need samples to fit on, and the training dataset is iterable; pass "
                 "rank=64 and basis='orthonormal', or call projector.fit(rows) on a dataset first"
@@ -110,7 +116,20 @@ class TrainingProjections:
         if self.projector.config.loss_reduction == "sum":
             factor = factor * columns["num_tokens"].clip(min=1)
         columns["gradient"] = gradients * torch.from_numpy(np.asarray(factor * share)).to(gradients)[:, None]
-        return columns
+        return self._finite(columns)
+
+    def _finite(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The rows whose gradients are finite, if others are to be skipped; the store refuses these."""
+        good = torch.isfinite(columns["gradient"]).all(1)
+        if bool(good.all()) or self.projector.config.on_nonfinite == "error":
+            return columns
+        kept = good.nonzero().flatten().tolist()
+        bad = [columns["sample_id"][i] for i in (~good).nonzero().flatten().tolist()]
+        logger.warning("the gradients of samples %s are not finite; they get no rows", bad)
+        return {
+            name: [values[i] for i in kept] if isinstance(values, list) else values[kept]
+            for name, values in columns.items()
+        }
 
     def _end_microbatch(self) -> None:
         if len(self._rows) < len(self._records):
@@ -135,7 +154,10 @@ class TrainingProjections:
         self._end_microbatch()
         layout = infer_layout(args, kwargs)
         counts = target_counts(kwargs, layout, self._shifts_labels)
-        self._records.append(MicroBatchRecord(ids, layout, counts, kwargs.get("num_items_in_batch")))
+        if counts is None and kwargs.get("start_positions") is not None:
+            counts = torch.ones(layout.num_samples, dtype=torch.float64)  # a span is one target
+        items = kwargs.get("num_items_in_batch")
+        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items))
         self._collector.begin(layout, self.projector.device, self.projector.rows_dtype)
         return args, kwargs
 
