@@ -69,8 +69,10 @@ class GradProjConfig:
         self.rank = self._checked_rank()
         for name in ("proj_rank_total", "fit_samples"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an int of at least 1")
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be an int")
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.rank == AUTO and self.stages == 1:
             raise ValueError("rank='auto' needs the second stage: pass stages=2, or a rank in numbers")
         if self.stages == 1 and self.rank is not None and self.proj_rank_total is not None:
