@@ -20,8 +20,9 @@ from ..sample_ids import bare_collator
 from ..validation import LossFn, model_loss
 from .batches import Collator, check_dataset
 from .config import GradProjConfig
+from .corpus import finish_all_ranks, holds_rows
 from .ensemble import GradientEnsemble
-from .projector import GradProjector, finish_all_ranks, holds_rows
+from .projector import GradProjector
 from .store import GradientStore
 from .training import TrainingProjections
 from .writer import GradientWriter

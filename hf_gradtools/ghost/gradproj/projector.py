@@ -6,30 +6,26 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ... import __version__
 from ...core import distributed
 from ...core.projection import Bases, Block, Projection
 from ...core.shards import as_json, differences
-from ...core.store import MANIFEST, StoreMismatchError, read_manifest
+from ...core.store import StoreMismatchError, read_manifest
 from ..identity import weights_fingerprint
 from ..models import divides_by_items, load_any_model, model_name
 from ..validation import LossFn, evaluating, model_loss
 from .batches import (
     BatchMaker,
     Collator,
-    Window,
     batch_fingerprint,
     check_dataset,
     dataset_fingerprint,
     plan_windows,
-    row_ids,
     row_lengths,
     share_of_rank,
 )
@@ -38,9 +34,10 @@ from .check import batch_to_check, check_coverage, check_rows
 from .chosen import choose_layers
 from .collector import ProjectionCollector
 from .config import GradProjConfig
+from .corpus import holds_rows, write_rows
 from .fitting import FitCollector, bases_digest, load_bases, save_bases
 from .passes import GradientPass
-from .randomness import repeatable, seed_all
+from .randomness import repeatable
 from .store import GradientStore, GradientWriter
 
 
@@ -182,7 +179,10 @@ class GradProjector:
             windows = plan_windows(row_lengths(dataset), window_rows, batch_size)
             with self._writer(dataset, output_dir, extra, window_rows) as writer:
                 if not writer.complete:
-                    self._write(dataset, share_of_rank(windows, distributed.rank(), distributed.world_size()), writer)
+                    mine = share_of_rank(windows, distributed.rank(), distributed.world_size())
+                    batches = BatchMaker(self.model, self.data_collator)
+                    with self._pass.observed(self._collector(self.projection, False)) as collector:
+                        write_rows(self._pass, collector, batches, dataset, mine, writer, self.config)
         return GradientStore.open(output_dir).bind(self)
 
     def gradients(self, rows: Any, optimizer_aware: bool = False, batch_size: int = 8) -> Tensor:
@@ -353,51 +353,3 @@ class GradProjector:
             yield writer
         finally:
             writer.close()
-
-    def _skip_nonfinite(self, rows: Tensor, ids: Sequence[int | str]) -> None:
-        """Zeros in the place of gradients that are not finite, if that is wanted; the store refuses others."""
-        bad = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
-        if bad and self.config.on_nonfinite == "skip":
-            logger.warning("the gradients of samples %s are not finite; zeros are stored", [ids[i] for i in bad])
-            rows[bad] = 0.0
-
-    def _write(self, dataset: Any, windows: Sequence[Window], writer: GradientWriter) -> None:
-        batches, ids = BatchMaker(self.model, self.data_collator), row_ids(dataset)
-        total = sum(window.stop - window.start for window in windows)
-        empty, done = 0, writer.num_rows
-        with (
-            self._pass.observed(self._collector(self.projection, False)) as collector,
-            tqdm(total=total, initial=done, desc="Projecting", unit="row", smoothing=0.1) as bar,
-        ):
-            for window in windows:
-                if window.stop - windows[0].start <= done:
-                    continue
-                seed_all(self.config.seed + window.start)  # a resumed run draws what an undisturbed one did
-                rows = torch.empty(window.stop - window.start, self.dim)
-                counts = torch.zeros(len(rows), dtype=torch.long)
-                for indices in window.batches:
-                    places = torch.tensor(indices) - window.start
-                    gradients, found = self._pass.project(collector, batches(dataset, indices))
-                    rows[places], counts[places] = gradients.float().cpu(), torch.tensor(found)
-                    bar.update(len(indices))
-                empty += int((counts == 0).sum())
-                self._skip_nonfinite(rows, ids[window.start : window.stop])
-                writer.append({"sample_id": ids[window.start : window.stop], "gradient": rows, "num_tokens": counts})
-        finish_all_ranks(writer)
-        if empty:
-            logger.warning("%d rows have no label that counts; their gradients are stored as zeros", empty)
-
-
-def finish_all_ranks(writer: GradientWriter) -> None:
-    """Rank 0 marks the store complete once all other ranks have sealed theirs."""
-    if distributed.rank() > 0:
-        writer.finish()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        writer.finish()
-    distributed.barrier()
-
-
-def holds_rows(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a store with rows."""
-    return (Path(folder) / MANIFEST).exists() and any(Path(folder).glob("shard-*"))
