@@ -9,6 +9,7 @@ from torch import nn
 
 from ...core.calls import Layer
 from ...core.capture import find_layers
+from ...core.distributed import is_sharded
 from ..models import differentiated
 
 
@@ -21,8 +22,14 @@ def choose_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> lis
     """The layers that `GradProjConfig.layers` names, of the parameters that gradients are taken in.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or parameters are sharded over processes.
     """
+    if any(is_sharded(p) for p in model.parameters()):
+        # Ranks project different numbers of batches, and a sharded model's forward is a collective.
+        raise ValueError(
+            "the model's parameters are sharded (FSDP2); GradProjector needs them whole on every rank: load the model "
+            "without fully_shard, each process takes a part of the rows"
+        )
     with differentiated(model) as parameters:
         layers = find_layers(model, patterns)
     if not layers:
