@@ -60,9 +60,9 @@ class Scorer:
     weights: Tensor
     row_scale: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, block: Tensor) -> Tensor:
-        """`[n, d]` -> `[n, Q]`."""
-        scores = block @ self.weights
+    def __call__(self, block: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[n, d]` -> `[n, Q]`, written to `out` if there is one."""
+        scores = torch.mm(block, self.weights, out=out)
         return scores if self.row_scale is None else scores.mul_(self.row_scale(block)[:, None])
 
 

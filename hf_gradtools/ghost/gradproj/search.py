@@ -6,7 +6,7 @@ Shape letters: Q queries, G groups of them, N rows, n of a block, d numbers in a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,7 +30,8 @@ METRICS = ("dot", "cosine")
 PRECONDITIONERS = (None, "fisher", "adam")
 BACKENDS = ("exact", "faiss")
 BLOCK_BYTES = 4 * 2**20  # of a block in float32: stays in the processor's cache
-SCORE_BYTES = 32 * 2**20  # of a block's scores
+SCORE_BYTES = 8 * 2**20  # of the scores that are looked through at a time
+MAX_SCORED_ROWS = 65_536
 MIN_ROWS = 64
 
 
@@ -161,21 +162,38 @@ def prepare(
 def stream_scores(
     target: Searchable, queries: Queries, scorers: list[Scorer], progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first row, scores `[n, G]`) of each block."""
-    columns = scorers[0].weights.shape[1]
+    """Yields (first row, scores `[n, G]`) of many blocks at a time; the next ones overwrite them.
+
+    Products are of small blocks, which stay in the cache; what is done with their scores has a price for each call.
+    """
+    columns, groups = scorers[0].weights.shape[1], len(queries.sizes)
     dim = max(store.dim for store in target.stores)
     rows = max(MIN_ROWS, min(BLOCK_BYTES // (4 * dim), SCORE_BYTES // (4 * columns)))
     streams = [store.blocks(4 * store.dim * rows) for store in target.stores]
+    kept = torch.empty(max(rows, min(MAX_SCORED_ROWS, SCORE_BYTES // (4 * groups)) // rows * rows), groups)
+    first = filled = 0
     with tqdm(total=len(target), desc="Searching", unit="row", unit_scale=True, disable=not progress, delay=1) as bar:
         for blocks in zip(*streams, strict=True):
-            first = blocks[0][0]
-            scores = scorers[0](blocks[0][1])
-            for scorer, (_, block) in zip(scorers[1:], blocks[1:], strict=True):
-                scores += scorer(block)
-            if queries.reduce == "max":
-                scores = torch.stack([group.amax(dim=1) for group in scores.split(queries.sizes, dim=1)], dim=1)
-            yield first, scores
-            bar.update(len(scores))
+            if filled + len(blocks[0][1]) > len(kept):
+                yield first, kept[:filled]
+                bar.update(filled)
+                first, filled = first + filled, 0
+            _score(blocks, scorers, queries, kept[filled : filled + len(blocks[0][1])])
+            filled += len(blocks[0][1])
+        yield first, kept[:filled]
+        bar.update(filled)
+
+
+def _score(blocks: Sequence[tuple[int, Tensor]], scorers: Sequence[Scorer], queries: Queries, out: Tensor) -> None:
+    """Writes the scores `[n, G]` of a block of each store."""
+    if queries.reduce != "max":
+        scorers[0](blocks[0][1], out)
+        for scorer, (_, block) in zip(scorers[1:], blocks[1:], strict=True):
+            out += scorer(block)
+        return
+    scores = sum(scorer(block) for scorer, (_, block) in zip(scorers, blocks, strict=True))
+    assert isinstance(scores, Tensor)
+    torch.stack([group.amax(dim=1) for group in scores.split(queries.sizes, dim=1)], dim=1, out=out)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -23,20 +23,16 @@ class RunningTopK:
 
     def update(self, first_row: int, scores: Tensor) -> None:
         """Takes the scores `[n, Q]` of the next n rows."""
-        hit = (scores.amax(dim=0) > self._least).nonzero()[:, 0]  # few after the first blocks
-        if not len(hit):
+        values, least = scores.numpy(), self._least.numpy()
+        if len(values) > self.k and not np.isfinite(least).any():  # of the first rows nearly all would be better
+            least = np.nextafter(scores.topk(self.k, dim=0).values[-1].numpy(), -np.inf)
+        found = np.flatnonzero(values > least)
+        if not len(found):
             return
-        if len(hit) < len(self._least):
-            scores = scores[:, hit]
-        better = scores > self._least[hit]
-        candidates = better.nonzero()
-        if len(candidates) > 4 * self.k * len(hit) and len(scores) > self.k:
-            better &= scores >= scores.topk(self.k, dim=0).values[-1]
-            candidates = better.nonzero()
-        rows, queries = candidates[:, 0].numpy(), hit[candidates[:, 1]].numpy()
+        rows, queries = np.divmod(found, values.shape[1])
         self._queries = np.concatenate([self._queries, queries])
         self._rows = np.concatenate([self._rows, rows + first_row])
-        self._scores = np.concatenate([self._scores, scores[better].numpy()])
+        self._scores = np.concatenate([self._scores, values.reshape(-1)[found]])
         self._prune()
 
     def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
