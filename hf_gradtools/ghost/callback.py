@@ -252,7 +252,8 @@ class GhostDotProdCallback(TrainerCallback):
             )
         counts = target_counts(kwargs, layout, self._shifts_labels)
         items = kwargs.get("num_items_in_batch")
-        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items is not False))
+        divides, fused = self._divides_by_items is not False, bool(kwargs.get("fused_lm_head"))
+        self._records.append(MicroBatchRecord(ids, layout, counts, items, divides, fused))
         self._engine.begin_microbatch(layout)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:

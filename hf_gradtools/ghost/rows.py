@@ -33,6 +33,7 @@ class MicroBatchRecord:
         num_targets: label entries of each sample that the loss counts, `[M]`, or None without labels.
         num_items_in_batch: what the model was told to divide the loss by.
         divides_by_items: whether it does: many models take the number and leave it. Trainer then scales nothing.
+        is_fused: TRL's trainer divides by the targets of the whole step, and does not tell the model.
         loss: what the model returned.
         sample_losses: mean loss of each sample, `[M]`.
     """
@@ -42,6 +43,7 @@ class MicroBatchRecord:
     num_targets: Tensor | None
     num_items_in_batch: Tensor | int | None
     divides_by_items: bool = True
+    is_fused: bool = False
     loss: Tensor | None = None
     sample_losses: Tensor | None = None
 
@@ -201,9 +203,10 @@ def sample_columns(records: Sequence[MicroBatchRecord]) -> dict[str, Any]:
 
 def sample_mean_factor(records: Sequence[MicroBatchRecord]) -> np.ndarray:
     """What turns a contribution to the step into the gradient of the sample's own mean loss."""
+    of_step = _targets_of_step(records) if any(record.is_fused for record in records) else None
     factors = []
     for record in records:
-        normalizer = record.normalizer(len(records))
+        normalizer = record.normalizer(len(records)) if of_step is None else of_step
         if normalizer is None or record.num_targets is None:
             raise ValueError(
                 "a sample's own mean loss needs to know how the batch's was averaged, but the batch reaches the model "
@@ -212,6 +215,14 @@ def sample_mean_factor(records: Sequence[MicroBatchRecord]) -> np.ndarray:
             )
         factors.append(normalizer / record.num_targets.cpu().numpy().clip(min=1))
     return np.concatenate(factors)
+
+
+def _targets_of_step(records: Sequence[MicroBatchRecord]) -> float:
+    """Targets of all micro-batches of all ranks."""
+    counts = [record.num_targets.sum() for record in records if record.num_targets is not None]
+    total = torch.stack(counts).sum()
+    distributed.all_reduce_sum([total])
+    return float(total)
 
 
 def _by_set(values: np.ndarray, val_ids: Mapping[str, Sequence[Any]], pairwise: bool) -> np.ndarray:

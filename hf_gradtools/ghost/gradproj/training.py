@@ -157,7 +157,8 @@ class TrainingProjections:
         if counts is None and kwargs.get("start_positions") is not None:
             counts = torch.ones(layout.num_samples, dtype=torch.float64)  # a span is one target
         items = kwargs.get("num_items_in_batch")
-        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items))
+        fused = bool(kwargs.get("fused_lm_head"))
+        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items, fused))
         self._collector.begin(layout, self.projector.device, self.projector.rows_dtype)
         return args, kwargs
 

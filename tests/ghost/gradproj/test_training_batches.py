@@ -142,25 +142,26 @@ def test_packed_rows_are_told_apart(tmp_path):
     assert error(collected(callback), expected) < 1e-5
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_trls_fused_head(tie, tmp_path):
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("steps", [1, 2], ids=["plain", "accumulation"])
+def test_trls_fused_head(steps, tie, tmp_path):
     trl = pytest.importorskip("trl")
     from tests.ghost.test_sft import tiny_tokenizer
 
     model = llama(tie=tie)
-    data = [{"input_ids": row["input_ids"]} for row in rows(6, length=(9, 9))]
+    data = [{"input_ids": unpadded(row)["input_ids"][0].tolist()} for row in rows(6)]
     callback = GradProjCallback(output_dir=tmp_path / "rows", **OPTIONS)
     args = trl.SFTConfig(
-        str(tmp_path / "out"), per_device_train_batch_size=3, max_steps=2, report_to="none", save_strategy="no",
-        use_cpu=True, bf16=False, learning_rate=0.0, gradient_checkpointing=False, max_length=16,
-        dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+        str(tmp_path / "out"), per_device_train_batch_size=3 // steps, max_steps=2, report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, learning_rate=0.0, gradient_checkpointing=False, max_length=16,
+        dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True, gradient_accumulation_steps=steps,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model, args, train_dataset=Dataset.from_list(data), processing_class=tiny_tokenizer(), callbacks=[callback]
     )
     trainer.train()
     labelled = [{**data[i], "labels": data[i]["input_ids"]} for i in callback.store.sample_ids]
-    assert len(labelled) == 6
+    assert len(labelled) == (6 if steps == 1 else 4)
     assert error(collected(callback), expected_rows(GradProjector(llama(tie=tie), **OPTIONS), labelled)) < 1e-5
 
 
