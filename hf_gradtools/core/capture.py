@@ -108,6 +108,8 @@ class LayerCapture:
                     return output
                 if isinstance(layer.rule, EmbeddingRule):
                     output = _one_row_per_sample(output, args, kwargs, rows)
+                elif isinstance(layer.module, nn.Embedding) and output.ndim > 2 and output.shape[0] == 1:
+                    output = output.expand(rows, *output.shape[1:])  # a position embedding with a forward of its own
             return tap(observer, layer, args, kwargs, _requiring_grad(output) if self.frozen else output)
 
         return hook

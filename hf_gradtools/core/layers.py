@@ -59,7 +59,7 @@ class Rule:
             result = torch.autograd.grad(
                 [out for out, _ in used],
                 list(parameters.values()),
-                [(grad * layout.sample_mask(grad, n)).to(out.dtype) for out, grad in used],
+                [_shaped_as(out, (grad * layout.sample_mask(grad, n)).to(out.dtype)) for out, grad in used],
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -342,6 +342,11 @@ def _nth_sample(values: Tensor, layout: SampleLayout, n: int) -> Tensor:
     rows = layout.by_row(values)
     picked = rows[n] if layout.segments is None else rows[layout.segments == n]
     return picked.reshape(-1, values.shape[-1])
+
+
+def _shaped_as(output: Tensor, grad: Tensor) -> Tensor:
+    """Output gradients of all rows for an output that they share (the tap has given each row one)."""
+    return grad if grad.shape == output.shape else grad.sum(0, keepdim=True)
 
 
 def _onto(tokens: Tensor, basis: Tensor | None) -> Tensor:

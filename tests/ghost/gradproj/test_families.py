@@ -6,6 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -84,6 +86,15 @@ FAMILIES = {
         ),
         lambda i, r: {"labels": [*r["input_ids"][: 4 + i % 5], *[-100] * (5 - i % 5)]},
     ),
+    "bart": (
+        lambda: BartForConditionalGeneration(
+            BartConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                       decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+                       dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+                       forced_eos_token_id=None)
+        ),
+        lambda i, r: {"labels": [*r["input_ids"][: 4 + i % 5], *[-100] * (5 - i % 5)]},
+    ),
     "experts_with_a_balancing_loss": (
         lambda: MixtralForCausalLM(
             MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=1, output_router_logits=True)
@@ -104,6 +115,15 @@ def test_rows_of_a_batch_are_rows_alone(name):
     model, data = family(name)
     alone = GradProjector(model, **OPTIONS, on_uncovered="ignore").gradients(data, batch_size=1)
     together = GradProjector(model, **OPTIONS).gradients(data, batch_size=3)
+    assert error(together, alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bart", "llama", "gpt2", "classes"])
+def test_every_parameter_of_a_model(name):
+    model, data = family(name)
+    exact = {"layers": None, "rank": (None, None), "stages": 1}
+    alone = GradProjector(model, **exact).gradients(data, batch_size=1)
+    together = GradProjector(model, **exact).gradients(data, batch_size=3)
     assert error(together, alone) < 1e-5
 
 
