@@ -131,6 +131,8 @@ class RowStore:
         if last in in_progress:
             self._number = number
             self._continue()
+            if self._rows_in_progress >= self.rows_per_shard:  # killed just before it would have been sealed
+                self.seal()
 
     def __enter__(self) -> Self:
         return self

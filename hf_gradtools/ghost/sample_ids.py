@@ -35,32 +35,26 @@ class BatchIds:
 
 
 class IdDataset(Dataset):
-    """A map-style dataset whose rows come as `(id, row)`."""
+    """A map-style dataset whose rows come as `(index, row)`."""
 
-    def __init__(self, dataset: Any, id_column: str):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
-        self.id_column = id_column
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int | str, Any]:
-        return self._tag(index, self.dataset[index])
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return int(index), self.dataset[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int | str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(list(indices)) if fetch is not None else [self.dataset[index] for index in indices]
-        return [self._tag(index, row) for index, row in zip(indices, rows, strict=True)]
+        return [(int(index), row) for index, row in zip(indices, rows, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "id_column"):  # not set yet, while being unpickled in a worker
+        if name == "dataset":  # not set yet, while being unpickled in a worker
             raise AttributeError(name)
         return getattr(self.dataset, name)
-
-    def _tag(self, index: int, row: Any) -> tuple[int | str, Any]:
-        if isinstance(row, Mapping) and self.id_column in row:
-            return _checked_id(row[self.id_column], self.id_column), row
-        return int(index), row
 
 
 class IdCollator:
@@ -70,12 +64,11 @@ class IdCollator:
         self.collate, self.key, self.id_column, self.tagged = collate, key, id_column, tagged
 
     def __call__(self, served: list[Any]) -> Any:
-        pairs = served if self.tagged else [(self._own_id(row), row) for row in served]
-        ids = [sample_id for sample_id, _ in pairs]
-        rows = [row for _, row in pairs]
-        bare = [{k: v for k, v in r.items() if k != self.id_column} if isinstance(r, Mapping) else r for r in rows]
-        # Another callback's collator wants what this one was given.
-        batch = self.collate(served if isinstance(self.collate, IdCollator) else bare)
+        rows = [row for _, row in served] if self.tagged else served
+        numbers = [index for index, _ in served] if self.tagged else [None] * len(rows)
+        ids = [self._id(index, row) for index, row in zip(numbers, rows, strict=True)]
+        bare = [self._without_id(row) for row in rows]
+        batch = self.collate(list(zip(numbers, bare, strict=True)) if self._wraps_tagged() else bare)
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"the data collator returned a {type(batch).__name__}; the ghost callbacks need a mapping of model "
@@ -85,14 +78,28 @@ class IdCollator:
         batch[self.key] = BatchIds(ids, hashes, [_length(row) for row in bare])
         return batch
 
-    def _own_id(self, row: Any) -> int | str:
-        if not isinstance(row, Mapping) or self.id_column not in row:
+    def _wraps_tagged(self) -> bool:
+        """Whether another callback's collator is below, which wants the numbers of rows too."""
+        return isinstance(self.collate, IdCollator) and self.collate.tagged
+
+    def _id(self, index: int | None, row: Any) -> int | str:
+        if isinstance(row, Mapping) and self.id_column in row:
+            return _checked_id(row[self.id_column], self.id_column)
+        if index is None:
             raise ValueError(
                 f"the training dataset is iterable and its rows have no column {self.id_column!r}, so its samples "
                 "cannot be told apart; add one, e.g. "
                 f"dataset.map(lambda row, i: {{'{self.id_column}': i}}, with_indices=True)"
             )
-        return _checked_id(row[self.id_column], self.id_column)
+        return index
+
+    def _without_id(self, row: Any) -> Any:
+        below, shared = self.collate, False
+        while isinstance(below, IdCollator):
+            shared, below = shared or below.id_column == self.id_column, below.collate
+        if shared or not isinstance(row, Mapping):
+            return row
+        return {k: v for k, v in row.items() if k != self.id_column}
 
 
 def install_ids(dataloader: Any, key: str, id_column: str) -> Callable[[], None]:
@@ -107,24 +114,36 @@ def install_ids(dataloader: Any, key: str, id_column: str) -> Callable[[], None]
         ValueError: the dataset is iterable and is known to have no such column.
     """
     loader: DataLoader = getattr(dataloader, "base_dataloader", dataloader)
-    dataset, collate = loader.dataset, loader.collate_fn
+    dataset = loader.dataset
     iterable = isinstance(dataset, IterableDataset)
+    mine = IdCollator(loader.collate_fn, key, id_column, tagged=not iterable)
     if iterable:
         columns = getattr(dataset, "column_names", None)
         if columns is not None and id_column not in columns:
-            IdCollator(collate, key, id_column, tagged=False)._own_id({})
-    else:
+            mine._id(None, {})
+    elif not isinstance(dataset, IdDataset):  # another callback may have been here
         # DataLoader guards this attribute against reassignment because samplers may hold the dataset; ours has the
         # same length and order.
-        if not isinstance(dataset, IdDataset):  # another callback may have been here
-            object.__setattr__(loader, "dataset", IdDataset(dataset, id_column))
-    loader.collate_fn = IdCollator(collate, key, id_column, tagged=not iterable)
+        object.__setattr__(loader, "dataset", IdDataset(dataset))
+    loader.collate_fn = mine
 
     def undo() -> None:
-        object.__setattr__(loader, "dataset", dataset)
-        loader.collate_fn = collate
+        _unlink(loader, mine)
+        if not isinstance(loader.collate_fn, IdCollator):  # the last one
+            object.__setattr__(loader, "dataset", bare_dataset(loader.dataset))
 
     return undo
+
+
+def _unlink(loader: DataLoader, link: IdCollator) -> None:
+    """Takes one collator out of those that callbacks have put around each other."""
+    holder: Any = loader
+    current = loader.collate_fn
+    while isinstance(current, IdCollator):
+        if current is link:
+            setattr(holder, "collate_fn" if holder is loader else "collate", link.collate)
+            return
+        holder, current = current, current.collate
 
 
 def content_hash(row: Any) -> int:

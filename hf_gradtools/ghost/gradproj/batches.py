@@ -141,15 +141,18 @@ class BatchMaker:
     Args:
         model: whose `forward` says what it takes.
         collator: default :func:`pad_rows`.
+        for_model: the batch goes to the model alone; a loss function of one's own may want all of it.
     """
 
-    def __init__(self, model: nn.Module, collator: Collator | None):
+    def __init__(self, model: nn.Module, collator: Collator | None, for_model: bool = True):
         self.collator = collator or pad_rows
         self.device = next(model.parameters()).device
         base = base_model(model)
         self.taken: set[str] | None = None
-        if isinstance(base, PreTrainedModel):
-            self.taken = {*inspect.signature(type(base).forward).parameters, *_LABELS}
+        if for_model and isinstance(base, PreTrainedModel):
+            parameters = list(inspect.signature(type(base).forward).parameters.values())[1:]
+            if any(p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL for p in parameters):
+                self.taken = {*(p.name for p in parameters), *_LABELS}
         made_by = getattr(self.collator, "__module__", "")
         self.filters_rows = self.collator is pad_rows or made_by.startswith("transformers.")
 

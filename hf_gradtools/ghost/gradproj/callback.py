@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ... import __version__
 from ...core import distributed
+from ...core.store import read_manifest
 from ..identity import frozen_fingerprint
 from ..models import model_name
 from ..sample_ids import bare_collator
@@ -92,7 +95,7 @@ class GradProjCallback(TrainerCallback):
             raise ValueError("on_save=True projects a dataset at each checkpoint; pass dataset=")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps={every_steps} must be at least 1")
-        self.steps = None if steps is None else {steps} if isinstance(steps, int) else set(steps)
+        self.steps = None if steps is None else {int(steps)} if isinstance(steps, Integral) else set(steps)
         if self.steps is not None and (not self.steps or min(self.steps) < 1):
             raise ValueError(f"steps={steps!r} must be numbers of optimizer steps, from 1 on")
         self.datasets = named_datasets(dataset)
@@ -127,6 +130,11 @@ class GradProjCallback(TrainerCallback):
         if (name or "") not in self.datasets:
             raise ValueError(f"name={name!r} is no dataset of this callback; it has {list(self.datasets)}")
         stores = [GradientStore.open(folder / (name or "")) for folder in self._step_folders()]
+        if unfinished := [str(store.path) for store in stores if not store.complete]:
+            raise ValueError(
+                f"{', '.join(unfinished)}: not all rows are there yet. Resume the run, which finishes its last step, "
+                "or delete the folders of such steps."
+            )
         return GradientEnsemble(stores, **options)
 
     def _step_folders(self) -> list[Path]:
@@ -154,6 +162,8 @@ class GradProjCallback(TrainerCallback):
             collator = self.data_collator or bare_collator(loader.collate_fn)
             self._projector = GradProjector(model, data_collator=collator, loss_fn=self.loss_fn, config=self.config)
             self._optimizer = kwargs["optimizer"]
+            if self.datasets and state.global_step:
+                self._resume_datasets(state)
             if not self.datasets:
                 if holds_rows(self.output_dir):  # a run that goes on, from other weights
                     self._projector.adopt(self.output_dir, any_weights=True)
@@ -228,6 +238,22 @@ class GradProjCallback(TrainerCallback):
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
+    def _resume_datasets(self, state: TrainerState) -> None:
+        """Drops the steps that training makes again, and finishes the one that a kill has interrupted after its
+        checkpoint was written."""
+        folders = {int(folder.name.split("-")[1]): folder for folder in self._step_folders()}
+        if distributed.rank() == 0:
+            for step, folder in folders.items():
+                if step > state.global_step:
+                    logger.warning("%s is of a step that training makes again; it is dropped", folder)
+                    shutil.rmtree(folder)
+        distributed.barrier()
+        self._rate = self._learning_rate()
+        if self.on_checkpoints or state.global_step in folders:
+            for manifest in sorted(self.output_dir.glob(f"step-{state.global_step}/**/manifest.json")):
+                self._rate = float(read_manifest(manifest.parent)["extra"].get("learning_rate", self._rate))
+            self._project_datasets(state)
+
     def _project_datasets(self, state: TrainerState) -> None:
         assert self._projector is not None
         extra = {"step": state.global_step, "learning_rate": self._rate}
@@ -272,7 +298,13 @@ def named_datasets(dataset: Any) -> dict[str, Any]:
     Raises:
         ValueError: one has no rows or no length.
     """
-    datasets = {} if dataset is None else dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
-    for rows in datasets.values():
+    if dataset is None:
+        return {}
+    datasets = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+    if not datasets:
+        raise ValueError("dataset is an empty mapping; pass rows, or several sets of them by name")
+    for name, rows in datasets.items():
+        if isinstance(dataset, Mapping) and (not isinstance(name, str) or not name or "/" in name):
+            raise ValueError(f"dataset has a set named {name!r}; names become folders: pass plain words")
         check_dataset(rows)
     return datasets

@@ -28,12 +28,15 @@ _ROW_SLACK = 100  # half-precision activations themselves differ with the shapes
 
 def batch_to_check(runs: GradientPass, make: Callable[[Sequence[int]], dict[str, Any]], rows: int) -> dict[str, Any]:
     """A batch of two rows (or one) with labels that count, if there is such a one among a few tried."""
-    batch: dict[str, Any] = {}
+    best, most = dict[str, Any](), -1
     for place in range(4):
         batch = make(sorted({rows * place // 8, rows * (place + 4) // 8}))
-        if bool((runs.target_counts(batch) > 0).all()):
+        counts = runs.target_counts(batch) > 0
+        if int(counts.sum()) > most:
+            best, most = batch, int(counts.sum())
+        if bool(counts.all()):
             break
-    return batch
+    return best
 
 
 def check_coverage(
@@ -87,10 +90,13 @@ def check_rows(runs: GradientPass, projection: Projection, batch: dict[str, Any]
     tolerance = _TOLERANCE * (_ROW_SLACK if collector.half_precision else 1)
     gap = float(((together - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-30)).max())
     if all(counts) and gap > tolerance:
+        is_half = next(iter(runs.layers[0].parameters.values())).dtype == torch.float16
+        underflow = " Or gradients underflow in float16: try bfloat16 or float32 weights." * is_half
         _complain(
             f"rows of a batch have other gradients than alone (off by {gap:.1e}): the loss of "
             f"{type(runs.model).__name__} is no plain mean over the labels, or the model mixes the rows. Pass "
-            "batch_size=1, a loss_fn= that is the mean over the labels that are not -100, or on_uncovered='warn'.",
+            "batch_size=1, a loss_fn= that is the mean over the labels that are not -100, or on_uncovered='warn'."
+            f"{underflow}",
             on_uncovered,
         )
 

@@ -17,8 +17,8 @@ from ...core.projection import Bases, Block, Projection
 from ...core.shards import as_json, differences
 from ...core.store import StoreMismatchError, read_manifest
 from ..identity import weights_fingerprint
-from ..models import divides_by_items, load_any_model, model_name
-from ..validation import LossFn, evaluating, model_loss
+from ..models import load_any_model, model_name
+from ..validation import LossFn, model_loss
 from .batches import (
     BatchMaker,
     Collator,
@@ -172,7 +172,7 @@ class GradProjector:
                 raise ValueError(f"{name}={value} must be at least 1")
         check_dataset(dataset)
         self.data_collator = collator or self.data_collator
-        with repeatable(self.config.seed, self.device):
+        with repeatable(self.config.seed):
             if holds_rows(output_dir):
                 self.adopt(output_dir)
             self._prepare(dataset, batch_size)
@@ -180,7 +180,7 @@ class GradProjector:
             with self._writer(dataset, output_dir, extra, window_rows) as writer:
                 if not writer.complete:
                     mine = share_of_rank(windows, distributed.rank(), distributed.world_size())
-                    batches = BatchMaker(self.model, self.data_collator)
+                    batches = self._batches()
                     with self._pass.observed(self._collector(self.projection, False)) as collector:
                         write_rows(self._pass, collector, batches, dataset, mine, writer, self.config)
         return GradientStore.open(output_dir).bind(self)
@@ -197,7 +197,7 @@ class GradProjector:
             ValueError: a row has no label that counts, or there is no optimizer state.
         """
         check_dataset(rows)
-        with repeatable(self.config.seed, self.device):
+        with repeatable(self.config.seed):
             self._prepare(rows, batch_size)
             return self._gradients(rows, self.projection, optimizer_aware, batch_size)
 
@@ -206,7 +206,7 @@ class GradProjector:
 
         They are estimated from the first stage, before the sketch adds the layers up.
         """
-        with repeatable(self.config.seed, self.device):
+        with repeatable(self.config.seed):
             self._prepare(queries, batch_size)
             blocks = list(self.projection.blocks.values())
             stage_one = Projection(blocks, self.projection.bases, None, self.config.seed)
@@ -224,9 +224,14 @@ class GradProjector:
 
         :meth:`project` does it when it has to.
         """
+        check_dataset(dataset)
+        with repeatable(self.config.seed):
+            self._fit(dataset, batch_size)
+
+    def _fit(self, dataset: Any, batch_size: int) -> None:
         count = min(self.config.fit_samples, len(dataset))
         chosen = [len(dataset) * i // count for i in range(count)]
-        batches, norms = BatchMaker(self.model, self.data_collator), []
+        batches, norms = self._batches(), []
         with self._pass.observed(FitCollector(self.layers, self.config.basis == "pca")) as collector:
             for start in range(0, count, batch_size):
                 batch = batches(dataset, chosen[start : start + batch_size])
@@ -237,19 +242,13 @@ class GradProjector:
     def prepare(self, dataset: Any, collator: Collator | None = None, batch_size: int = 8) -> None:
         """Fits what depends on samples, unless that is done, and checks gradients of some rows."""
         self.data_collator = collator or self.data_collator
-        with repeatable(self.config.seed, self.device):
+        with repeatable(self.config.seed):
             self._prepare(dataset, batch_size)
 
     @property
     def is_ready(self) -> bool:
         """Whether nothing is left to be fitted."""
         return self._projection is not None
-
-    def divides_by_items(self, dataset: Any) -> bool:
-        """Whether the model divides its loss by the `num_items_in_batch` that Trainer tells it."""
-        with repeatable(self.config.seed, self.device), evaluating(self.model):
-            batch = self._batch_to_check(dataset)
-            return bool(self._pass.target_counts(batch).sum()) and divides_by_items(self.model, batch)
 
     def adopt(self, store: str | os.PathLike[str], any_weights: bool = False) -> None:
         """Takes the fit of a store, so that what is projected next compares with its rows, unless something was
@@ -294,7 +293,7 @@ class GradProjector:
     def _prepare(self, dataset: Any, batch_size: int) -> None:
         """Fits what is to be fitted, and checks once that projections are whole and rows are their own."""
         if self._projection is None:
-            self.fit(dataset, batch_size)
+            self._fit(dataset, batch_size)
         if not self._is_checked:
             batch = self._batch_to_check(dataset)
             check_coverage(self._pass, self.projection, batch, self.config.on_uncovered)
@@ -302,8 +301,11 @@ class GradProjector:
                 check_rows(self._pass, self.projection, batch, self.config.on_uncovered)
             self._is_checked = batch_size > 1
 
+    def _batches(self) -> BatchMaker:
+        return BatchMaker(self.model, self.data_collator, self._pass.loss_fn is model_loss)
+
     def _batch_to_check(self, dataset: Any) -> dict[str, Any]:
-        make = BatchMaker(self.model, self.data_collator)
+        make = self._batches()
         return batch_to_check(self._pass, lambda indices: make(dataset, indices), len(dataset))
 
     def _collector(self, projection: Projection, optimizer_aware: bool) -> ProjectionCollector:
@@ -315,7 +317,7 @@ class GradProjector:
         return collector
 
     def _gradients(self, rows: Any, projection: Projection, optimizer_aware: bool, batch_size: int) -> Tensor:
-        batches = BatchMaker(self.model, self.data_collator)
+        batches = self._batches()
         found = torch.empty(len(rows), projection.dim)
         (window,) = plan_windows(row_lengths(rows), len(rows), batch_size)
         with self._pass.observed(self._collector(projection, optimizer_aware)) as collector:

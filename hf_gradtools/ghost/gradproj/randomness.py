@@ -11,10 +11,10 @@ import torch
 
 
 @contextmanager
-def repeatable(seed: int, device: torch.device) -> Iterator[None]:
+def repeatable(seed: int) -> Iterator[None]:
     """Seeds the generators of torch, numpy and Python, which collators and transforms of datasets draw from."""
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # all are seeded
         seed_all(seed)
         try:
             yield

@@ -114,6 +114,11 @@ class Searchable(ABC):
             for first, scores in stream_scores(self, found, scorers, progress):
                 best.update(first, scores)
             query, rank, row, score = best.result()
+            if len(row) < k * len(found.names) or not np.isfinite(score).all():
+                raise ValueError(
+                    "scores are not finite: gradients of queries or rows are too large for float32. Pass "
+                    "metric='cosine', or scale the queries down."
+                )
         return self._as_dataset(found, query, rank, row, score)
 
     def _as_dataset(

@@ -18,9 +18,10 @@ from ...core.quantized import keep_quantized_gradients
 from ..coverage import refuse_batch_statistics
 from ..fused_head import fused_head_layer, install_fused_tap
 from ..layout import infer_layout
-from ..models import shifts_labels
+from ..models import divides_by_items, shifts_labels
 from ..rows import MicroBatchRecord, sample_columns, sample_mean_factor, target_counts
 from ..sample_ids import bare_collator, bare_dataset, install_ids
+from ..validation import evaluating
 from .collector import ProjectionCollector
 from .projector import GradProjector
 
@@ -52,10 +53,10 @@ class TrainingProjections:
         self.active = False
         self._shifts_labels = shifts_labels(self.model)
         loader = getattr(dataloader, "base_dataloader", dataloader)
-        self._divides_by_items = True
+        self._divides_by_items: bool | None = None  # not known before a batch with labels
+        self._probing = False
         if not isinstance(loader.dataset, IterableDataset):
-            projector.prepare(bare_dataset(loader.dataset), bare_collator(loader.collate_fn))
-            self._divides_by_items = projector.divides_by_items(bare_dataset(loader.dataset))
+            projector.prepare(bare_dataset(loader.dataset), bare_collator(loader.collate_fn), loader.batch_size or 8)
         elif not projector.is_ready:
             raise ValueError(
                 "ranks or bases that are fitted need samples to fit on, and the training dataset is iterable; pass "
@@ -140,6 +141,8 @@ class TrainingProjections:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._probing:
+            return args, kwargs
         ids = kwargs.pop(self._key, None)
         trains = module.training and torch.is_grad_enabled()
         # An evaluation between forward and backward (TRL makes one for its metrics) is not part of the step.
@@ -157,12 +160,27 @@ class TrainingProjections:
         if counts is None and kwargs.get("start_positions") is not None:
             counts = torch.ones(layout.num_samples, dtype=torch.float64)  # a span is one target
         items = kwargs.get("num_items_in_batch")
+        if self._divides_by_items is None and items is not None and counts is not None and counts.sum() > 0:
+            self._divides_by_items = self._probe_normalizer(kwargs)
+        divides = self._divides_by_items is not False
         fused = bool(kwargs.get("fused_lm_head"))
-        self._records.append(MicroBatchRecord(ids, layout, counts, items, self._divides_by_items, fused))
+        self._records.append(MicroBatchRecord(ids, layout, counts, items, divides, fused))
         self._collector.begin(layout, self.projector.device, self.projector.rows_dtype)
         return args, kwargs
 
+    def _probe_normalizer(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model's loss is divided by `num_items_in_batch`, tried on a batch."""
+        self._probing = True
+        try:
+            with evaluating(self.model):
+                batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+                return divides_by_items(self.model, batch)
+        finally:
+            self._probing = False
+
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if self._probing:
+            return
         self._collector.suspended = False
         trains = self.active and module.training and torch.is_grad_enabled()
         if trains and isinstance(output, Mapping) and output.get("loss") is not None:

@@ -252,3 +252,97 @@ def test_datasets_of_the_dataset_class_are_hashed_whole(tmp_path):
     changed = data.map(lambda row, i: {"labels": [1, 1, 1, 1]} if i == 101 else row, with_indices=True)
     with pytest.raises(StoreMismatchError, match="dataset.content"):
         GradProjector(llama(), **OPTIONS, rank=3).project(changed, output_dir=tmp_path)
+
+
+# ---- what a second review found
+
+
+def test_a_kill_while_a_checkpoint_is_projected_is_repaired_on_resume(tmp_path, monkeypatch):
+    sets = {"train": DATA, "target": rows(5, seed=4)}
+    args = {"save_strategy": "steps", "save_steps": 2}
+
+    def callback():
+        return GradProjCallback(sets, output_dir=tmp_path / "rows", on_save=True, **OPTIONS)
+
+    project = GradProjector.project
+    calls = []
+
+    def killed(self, *given, **options):
+        calls.append(options["output_dir"])
+        if len(calls) == 4:  # step-4/target
+            raise KeyboardInterrupt
+        return project(self, *given, **options)
+
+    monkeypatch.setattr(GradProjector, "project", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [callback()], **args)
+    monkeypatch.undo()
+    (tmp_path / "rows" / "step-9").mkdir()  # of a run that had come further
+    resumed = callback()
+    train(tmp_path, [resumed], max_steps=6, resume=str(tmp_path / "out" / "checkpoint-4"), **args)
+    assert sorted(folder.name for folder in (tmp_path / "rows").iterdir()) == ["step-2", "step-4", "step-6"]
+    ensemble = resumed.ensemble("target")
+    assert all(len(store) == 5 for store in ensemble.stores)
+    rates = [store.extra["learning_rate"] for store in resumed.ensemble("train").stores]
+    assert rates == [store.extra["learning_rate"] for store in ensemble.stores]
+
+
+def test_rows_of_a_stream_have_the_samples_own_scale(tmp_path):
+    from tests.ghost.gradproj.test_families import family
+
+    model, data = family("classes")
+    named = data.add_column("sample_id", list(range(8)))
+    expected = GradProjector(model, **OPTIONS, rank=4, on_uncovered="ignore").gradients(data, batch_size=1)
+    callback = GradProjCallback(output_dir=tmp_path / "rows", **OPTIONS, rank=4)
+    train(tmp_path, [callback], model, named.to_iterable_dataset(), learning_rate=0.0, max_steps=1,
+          gradient_accumulation_steps=2, remove_unused_columns=False)  # fmt: skip
+    assert error(stored(callback.store), expected[callback.store.sample_ids].double()) < 1e-5
+
+
+def test_each_callback_has_its_own_ids_and_leaves_the_loader_in_any_order(tmp_path):
+    data = DATA.add_column("doc", [f"d{i}" for i in range(12)]).add_column("sample_id", [f"s{i}" for i in range(12)])
+    one = GradProjCallback(output_dir=tmp_path / "one", **OPTIONS, rank=4)
+    two = GradProjCallback(output_dir=tmp_path / "two", sample_id_column="doc", **OPTIONS, rank=4)
+    train(tmp_path, [one, two], data=data, remove_unused_columns=False)
+    assert [i[1:] for i in one.store.sample_ids] == [i[1:] for i in two.store.sample_ids]
+    assert {i[0] for i in one.store.sample_ids} == {"s"}
+    assert {i[0] for i in two.store.sample_ids} == {"d"}
+
+    from torch.utils.data import DataLoader, default_collate
+
+    from hf_gradtools.ghost.sample_ids import install_ids
+
+    for first, second in ((0, 1), (1, 0)):
+        rows_ = [{"x": 1}]
+        loader = DataLoader(rows_, collate_fn=default_collate)
+        undo = [install_ids(loader, key, "sample_id") for key in ("a", "b")]
+        undo[first]()
+        assert ({"a", "b"} & set(next(iter(loader)))) == {"ab"[second]}
+        undo[second]()
+        assert loader.dataset is rows_
+        assert loader.collate_fn is default_collate
+
+
+def test_a_collator_and_a_loss_share_a_column():
+    def collate(picked):
+        ids = torch.tensor([row["input_ids"] for row in picked])
+        return {"input_ids": ids, "labels": ids, "weight": torch.ones(len(picked))}
+
+    def weighted(model, batch):
+        return model(input_ids=batch["input_ids"], labels=batch["labels"])["loss"] * batch["weight"].mean()
+
+    data = [{"input_ids": row["input_ids"]} for row in rows(4, length=(9, 9))]
+    assert GradProjector(llama(), **OPTIONS, rank=4, data_collator=collate, loss_fn=weighted).gradients(data).any()
+
+
+def test_scores_that_overflow_are_told(tmp_path):
+    projector = GradProjector(llama(), **OPTIONS, rank=4)
+    store = projector.project(DATA, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="scores are not finite"):
+        store.search(torch.full((1, 64), 3e38), k=12)
+
+
+@pytest.mark.parametrize("dataset", [{}, {0: DATA}, {"a/b": DATA}])
+def test_names_of_sets(dataset, tmp_path):
+    with pytest.raises(ValueError, match="an empty mapping|names become folders"):
+        GradProjCallback(dataset, output_dir=tmp_path, steps=[1])
