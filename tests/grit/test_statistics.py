@@ -292,7 +292,9 @@ def test_factors_are_symmetric_and_positive(seed, tokens, steps, mean):
         fisher.add(a, 1e-4 * b, mask, 3.0)
         fold([fisher], None if mean else 0.9)
     values = torch.linalg.eigvalsh(fisher.factors.double())
-    torch.testing.assert_close(fisher.factors, fisher.factors.mT, rtol=1e-5, atol=1e-12)
+    # An entry may be the difference of large products: symmetric to rounding means in units of the whole matrix.
+    asymmetry = (fisher.factors - fisher.factors.mT).abs().amax((-2, -1))
+    assert (asymmetry <= 1e-6 * fisher.factors.abs().amax((-2, -1))).all()
     assert (values >= -1e-6 * values.amax(-1, keepdim=True).clamp_min(1e-30)).all()
 
 
