@@ -60,12 +60,11 @@ def test_a_resumed_run_keeps_the_fit_of_its_first_part(options, tmp_path):
         model.model.layers[0].mlp.up_proj.weight *= 5
     train(tmp_path, [GradProjCallback(output_dir=tmp_path / "rows", **options)], model, max_steps=2,
           save_strategy="steps", save_steps=2)  # fmt: skip
-    manifest = (tmp_path / "rows" / "manifest.json").read_text()
+    before = GradientStore.open(tmp_path / "rows").identity
     callback = GradProjCallback(output_dir=tmp_path / "rows", **options)
     train(tmp_path, [callback], model, max_steps=4, resume=str(tmp_path / "out" / "checkpoint-2"))
     assert callback.store.column("step").tolist() == [n for n in (1, 2, 3, 4) for _ in range(3)]
-    assert GradientStore.open(tmp_path / "rows").identity["ranks"] == callback.store.identity["ranks"]
-    assert '"ranks"' in manifest
+    assert callback.store.identity == before
     callback.store.verify()
 
 

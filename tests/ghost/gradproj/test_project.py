@@ -12,7 +12,7 @@ import torch
 
 from hf_gradtools.core.checksums import StoreCorruptError
 from hf_gradtools.core.store import StoreMismatchError
-from hf_gradtools.ghost.gradproj.batches import pad_rows, plan_windows, share_of_rank
+from hf_gradtools.ghost.gradproj.batches import plan_windows, share_of_rank
 from hf_gradtools.ghost.gradproj.projector import GradProjector
 from hf_gradtools.ghost.gradproj.store import GradientStore
 from tests.distributed.test_distributed import torchrun
@@ -74,14 +74,8 @@ def test_a_store_is_searched_by_rows_and_finds_each_of_its_own(tmp_path):
 def test_a_finished_store_is_not_made_again(tmp_path):
     project(tmp_path)
     before = contents(tmp_path)
-    model = llama()
-    model.forward = None  # would fail
     projector = GradProjector(llama(), proj_rank_total=64, on_uncovered="ignore")
-    projector.model.forward = None
-    with pytest.raises(TypeError):
-        projector.model(**pad_rows([DATA[0]]))
-    del projector.model.forward
-    projector._pass.loss = None
+    projector._pass.loss = None  # a pass would fail
     projector.project(DATA, output_dir=tmp_path, batch_size=3, window_rows=8)
     assert contents(tmp_path) == before
 
