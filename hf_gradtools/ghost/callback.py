@@ -24,6 +24,7 @@ from .loading import load_ghost_dataset
 from .models import base_model, divides_by_items, shifts_labels
 from .optimizers import exact_derivative, frozen_derivative, learning_rates, unwrap_optimizer
 from .results import GhostValues, ghost_values
+from .resuming import take_up_rows
 from .rows import MicroBatchRecord, build_rows, sample_losses, target_counts
 from .sample_ids import BatchIds, install_ids
 from .validation import count_targets, evaluating, model_loss
@@ -389,21 +390,7 @@ class GhostDotProdCallback(TrainerCallback):
             rank=distributed.rank(),
             rows_per_shard=config.rows_per_shard,
         )
-        if store.complete and store.num_rows and state.global_step == 0 and not config.overwrite_output_dir:
-            store.close()
-            raise ValueError(
-                f"output_dir={config.output_dir!r} holds the {store.num_rows} rows of a finished run; choose another "
-                "folder, resume the run by trainer.train(resume_from_checkpoint=True), or pass "
-                "overwrite_output_dir=True"
-            )
-        dropped = store.truncate("step", state.global_step) if store.num_rows else 0
-        if dropped:
-            logger.warning(
-                "%d rows in %s are of steps after %d, which training makes again; they were dropped",
-                dropped,
-                config.output_dir,
-                state.global_step,
-            )
+        take_up_rows(store, config.output_dir, state.global_step, overwrite=config.overwrite_output_dir)
         return store
 
 

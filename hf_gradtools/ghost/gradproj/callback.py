@@ -19,6 +19,7 @@ from ...core import distributed
 from ...core.store import read_manifest
 from ..identity import frozen_fingerprint
 from ..models import model_name
+from ..resuming import take_up_rows
 from ..sample_ids import bare_collator
 from ..validation import LossFn, model_loss
 from .batches import Collator, check_dataset
@@ -276,19 +277,9 @@ class GradProjCallback(TrainerCallback):
             extra={"library_version": __version__, "model": model_name(model)},
             rank=distributed.rank(),
         )
-        if writer.complete and writer.num_rows and state.global_step == 0:
-            writer.close()
-            raise ValueError(
-                f"output_dir={os.fspath(self.output_dir)!r} holds the {writer.num_rows} rows of a finished run; "
-                "choose another folder, or resume the run by trainer.train(resume_from_checkpoint=True)"
-            )
         if not writer.num_rows:
             self._projector.save_fit(self.output_dir)
-        dropped = writer.truncate("step", state.global_step) if writer.num_rows else 0
-        if dropped:
-            logger.warning(
-                "%d rows of steps after %d, which training makes again, were dropped", dropped, state.global_step
-            )
+        take_up_rows(writer, self.output_dir, state.global_step)
         return writer
 
 
