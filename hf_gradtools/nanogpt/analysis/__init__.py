@@ -1,0 +1,1 @@
+"""What checkpoints, weights and activations look like."""

@@ -1,0 +1,1 @@
+"""Token files for nanoGPT-style training: made from text, read as blocks."""

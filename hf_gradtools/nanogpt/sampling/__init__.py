@@ -1,0 +1,1 @@
+"""Text from a trained model, coloured by its confidence, and its scores on benchmarks."""

@@ -1,0 +1,1 @@
+"""Sweeps and greedy search over configurations, on Optuna."""

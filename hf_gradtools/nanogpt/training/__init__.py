@@ -1,0 +1,1 @@
+"""Training of nanoGPT variants with Trainer: options, exact resume, best checkpoint."""
