@@ -1,1 +1,1 @@
-"""Sweeps and greedy search over configurations, on Optuna."""
+"""Sweeps over an exploration grammar and greedy search by gain per cost, on Optuna; resumable, on several machines."""
