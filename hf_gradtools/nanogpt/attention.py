@@ -1,0 +1,287 @@
+"""Mixing of tokens by attention: causal, with decoupled head sizes, or none.
+
+Shapes: B batch, S queries, K keys, E `n_embd`, H heads, G key-value heads, D head size, V value size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .caching import recurrent_layer
+from .costs import Ops
+from .linear import build_linear
+from .positions import rotate
+from .registry import Component, register, variant
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share.
+
+    Args:
+        position_ids: `[B or 1, S]`.
+        queries: `[S]`, indices of the queries in the sequence with its padding.
+        token_mask: bool `[B, S]`, False at padding; None if there is none.
+        rotations: head size -> cosines and sines; empty without rotary positions.
+        masks: window -> (keys, allowed): `[K]` indices of the keys, and bool `[B or 1, 1, S, K]`, or None where
+            the plain causal triangle is right.
+        sdpa: the fused attention, or None if weights are to be computed openly.
+    """
+
+    position_ids: Tensor
+    queries: Tensor
+    token_mask: Tensor | None
+    rotations: dict[int, tuple[Tensor, Tensor]]
+    masks: dict[int | None, tuple[Tensor, Tensor | None]]
+    sdpa: Callable[..., tuple[Tensor, Any]] | None
+
+
+class TokenMixer(Component):
+    """Base of the attentions: `forward(x [B, S, E], context, past_key_values)` -> (`[B, S, E]`, weights or None)."""
+
+    uses_keys = False  # whether it caches keys and values, and so has a window, positions and softmax
+    rotary_dim = 0  # size of the heads that are rotated
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def state_numbers(self, context: int) -> int:
+        """Numbers kept in the cache of one sequence of `context` tokens."""
+        return 0
+
+
+@register("attention", "identity")
+class IdentityAttention(TokenMixer):
+    """x: no mixing."""
+
+    def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, None]:
+        if (cache := recurrent_layer(past_key_values, self.layer_idx)) is not None:
+            cache.advance(x.shape[1])  # counts the tokens
+        return x, None
+
+    def ops(self, tokens: int, pairs: int = 0) -> Ops:
+        return Ops()
+
+
+class ScoredAttention(TokenMixer):
+    """Attention by scores of keys: everything after q, k and v, for heads of any size.
+
+    Softmax goes through `scaled_dot_product_attention`, also with FIRE's bias and the learned off-by-one, which is a
+    key of score log C whose value is zero. Other weightings, soft-capped scores, and `attn_implementation="eager"`
+    compute their weights openly.
+    """
+
+    uses_keys = True
+
+    def __init__(self, config: Any, layer_idx: int, head_dim: int, value_dim: int):
+        super().__init__(config, layer_idx)
+        self.n_head, self.n_kv_group = config.n_head, config.of_layer("n_kv_group", layer_idx) or config.n_head
+        self.num_key_value_groups = self.n_head // self.n_kv_group  # transformers' name, read by its attention
+        self.head_dim, self.value_dim = head_dim, value_dim
+        self.rotary_dim = head_dim if config.use_rotary_embeddings else 0
+        self.window = config.of_layer("window_size", layer_idx)
+        self.dropout = config.dropout
+        self.softcap = config.attn_logit_softcapping
+        softmax = config.of_layer("softmax_variant_attn", layer_idx)
+        self.weighting = variant("softmax", softmax)(config, layer_idx, self.n_head)
+        self.is_fusable = softmax == "softmax" and self.softcap is None
+        self.biases = nn.ModuleList(build_score_positions(config, layer_idx))
+        self._init_qk_norm(config)
+        self._init_off_by_one(config)
+
+    def _init_qk_norm(self, config: Any) -> None:
+        self.use_qk_norm = config.use_qk_norm
+        self.scaling = self.head_dim**-0.5
+        self.qk_scale: nn.Parameter | None = None
+        if config.use_qk_norm_scale:
+            # arXiv 2010.04245, section 3: cosines are at most 1, so the scale must let one key of many win.
+            length = max(config.block_size, 2)
+            self.initial_scale = math.log2(length * length - length)
+            self.qk_scale = nn.Parameter(torch.full((1,), self.initial_scale))
+            self.scaling = 1.0
+
+    def _init_off_by_one(self, config: Any) -> None:
+        self.use_off_by_one = config.use_flash_lobo
+        self.initial_log_const = config.flash_lobo_log_const
+        self.log_const: nn.Parameter | None = None
+        if self.use_off_by_one and not config.use_flash_obo_const:
+            heads = self.n_head if config.use_flash_lobo_per_head else 1
+            self.log_const = nn.Parameter(torch.full((heads,), float(self.initial_log_const)))
+
+    def init_parameters(self) -> None:
+        if self.qk_scale is not None:
+            init.constant_(self.qk_scale, self.initial_scale)
+        if self.log_const is not None:
+            init.constant_(self.log_const, self.initial_log_const)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Any]:
+        """Values `[B, S, H, V]` for q `[B, H, S, D]`, k `[B, G, S, D]`, v `[B, G, S, V]`, and weights if open."""
+        if self.use_qk_norm:
+            q, k = (nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
+        if self.qk_scale is not None:
+            q = q * self.qk_scale
+        if self.rotary_dim:
+            cos, sin = context.rotations[self.rotary_dim]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        keys, allowed = context.masks[self.window]
+        bias = self._score_bias(context, keys)
+        if self.is_fusable and context.sdpa is not None:
+            return self._attend_fused(q, k, v, keys, allowed, bias, context)
+        return self._attend_openly(q, k, v, self._explicit(allowed, context, keys), bias)
+
+    def _score_bias(self, context: Context, keys: Tensor) -> Tensor | None:
+        biases = [position(context.queries, keys, context.position_ids) for position in self.biases]
+        return sum(biases) if biases else None
+
+    @staticmethod
+    def _explicit(allowed: Tensor | None, context: Context, keys: Tensor) -> Tensor:
+        return (context.queries[:, None] >= keys[None, :])[None, None] if allowed is None else allowed
+
+    def _attend_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        allowed: Tensor | None,
+        bias: Tensor | None,
+        context: Context,
+    ) -> tuple[Tensor, None]:
+        mask = allowed
+        if bias is not None or self.use_off_by_one:
+            allowed = self._explicit(allowed, context, keys)
+            bias = q.new_zeros(1, 1, 1, 1) if bias is None else bias.to(q.dtype)
+            # The smallest finite number, not -inf: a row of padding keeps finite weights and gradients.
+            mask = torch.where(allowed, bias, torch.finfo(q.dtype).min)
+        if self.use_off_by_one:
+            sink = self._log_const(q).view(1, -1, 1, 1)
+            heads, (batch, _, queries, _) = max(mask.shape[1], sink.shape[1]), mask.shape
+            mask = torch.cat((sink.expand(batch, heads, queries, 1), mask.expand(-1, heads, -1, -1)), dim=-1)
+            k, v = (nn.functional.pad(x, (0, 0, 1, 0)) for x in (k, v))  # a key of zeros in front, and its value
+        dropout = self.dropout if self.training else 0.0
+        return context.sdpa(
+            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, is_causal=mask is None and q.shape[2] > 1
+        )
+
+    def _attend_openly(
+        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.num_key_value_groups > 1:
+            k, v = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2)) * self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        if self.use_off_by_one:
+            sink = self._log_const(q).view(1, -1, 1, 1).expand(scores.shape[0], self.n_head, scores.shape[2], 1)
+            scores = torch.cat((sink, scores), dim=-1)
+            allowed = nn.functional.pad(allowed, (1, 0), value=True)
+        weights = self.weighting(scores, allowed).to(v.dtype)
+        if self.use_off_by_one:
+            weights = weights[..., 1:]
+        weights = nn.functional.dropout(weights, self.dropout, self.training)
+        return (weights @ v).transpose(1, 2), weights
+
+    def _log_const(self, like: Tensor) -> Tensor:
+        if self.log_const is not None:
+            return self.log_const.to(like.dtype)
+        return like.new_full((1,), self.initial_log_const)
+
+    def state_numbers(self, context: int) -> int:
+        kept = context if self.window is None else min(context, self.window)
+        return kept * self.n_kv_group * (self.head_dim + self.value_dim)
+
+    def attention_ops(self, tokens: int, pairs: int) -> Ops:
+        """Of [`attend`]."""
+        heads, width = self.n_head + self.n_kv_group, self.head_dim
+        scores = pairs * self.n_head
+        scored = Ops(mac=scores * self.head_dim, mul=scores if self.qk_scale is None else 0)
+        count = scored + Ops(mac=scores * self.value_dim) + self.weighting.ops(tokens * self.n_head, scores)
+        if self.use_qk_norm:
+            count += Ops(mul=2 * width, add=width, sqrt=1, max=1, div=1) * (tokens * heads)
+        if self.qk_scale is not None:
+            count += Ops(mul=tokens * self.n_head * width)
+        if self.rotary_dim:
+            count += Ops(mul=2 * width, add=width) * (tokens * heads)
+        if self.softcap is not None:
+            count += Ops(mul=2 * scores, tanh=scores)
+        if self.use_off_by_one:
+            rows = tokens * self.n_head
+            count += Ops(exp=rows, add=2 * rows, max=rows)  # one score more in each row, with no value
+        return count + sum((position.ops(tokens, pairs) for position in self.biases), Ops())
+
+
+def build_score_positions(config: Any, layer_idx: int) -> list[nn.Module]:
+    """The positions of a layer that are added to its scores."""
+    chosen = (variant("position", name) for name in config.position_variants)
+    return [cls(config, layer_idx) for cls in chosen if cls.place == "scores"]
+
+
+@register("attention", "causal")
+class CausalAttention(ScoredAttention):
+    """Multi-head attention with E / H numbers a head, and H / G heads to a pair of keys and values."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        head_dim = config.n_embd // config.n_head
+        super().__init__(config, layer_idx, head_dim, head_dim)
+        self.sizes = (config.n_embd, self.n_kv_group * head_dim, self.n_kv_group * head_dim)
+        self.c_attn = build_linear(config, "linear_variant_attn", layer_idx, config.n_embd, sum(self.sizes))
+        self.c_proj = build_linear(
+            config, "linear_variant_attn_proj", layer_idx, config.n_embd, config.n_embd, residual=True
+        )
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.c_attn(x).split(self.sizes, dim=-1))
+        y, weights = self.attend(q, k, v, context, past_key_values)
+        return self.resid_dropout(self.c_proj(y.reshape(x.shape))), weights
+
+    def ops(self, tokens: int, pairs: int = 0) -> Ops:
+        return self.c_attn.ops(tokens) + self.attention_ops(tokens, pairs) + self.c_proj.ops(tokens)
+
+
+@register("attention", "infinite")
+class InfiniteAttention(ScoredAttention):
+    """Heads of free sizes `n_qk_head_dim` and `n_v_head_dim`, whose values are summed, so that H need not divide E.
+
+    With `use_concat_heads` they are concatenated before the output projection instead.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        head_dim = config.n_qk_head_dim or config.n_embd // config.n_head
+        super().__init__(config, layer_idx, head_dim, config.n_v_head_dim or config.n_embd // config.n_head)
+        groups = self.n_kv_group
+        self.sizes = (self.n_head * head_dim, groups * head_dim, groups * self.value_dim)
+        self.concat_heads = config.use_concat_heads
+        out = self.value_dim * (self.n_head if self.concat_heads else 1)
+        self.c_attn = build_linear(config, "linear_variant_attn", layer_idx, config.n_embd, sum(self.sizes))
+        self.c_proj = build_linear(config, "linear_variant_attn_proj", layer_idx, out, config.n_embd, residual=True)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
+        batch, tokens, _ = x.shape
+        q, k, v = self.c_attn(x).split(self.sizes, dim=-1)
+        q = q.view(batch, tokens, self.n_head, self.head_dim).transpose(1, 2)
+        k = k.view(batch, tokens, self.n_kv_group, self.head_dim).transpose(1, 2)
+        v = v.view(batch, tokens, self.n_kv_group, self.value_dim).transpose(1, 2)
+        y, weights = self.attend(q, k, v, context, past_key_values)
+        y = y.flatten(-2) if self.concat_heads else y.sum(-2)
+        return self.resid_dropout(self.c_proj(y)), weights
+
+    def ops(self, tokens: int, pairs: int = 0) -> Ops:
+        summed = 0 if self.concat_heads else tokens * self.n_head * self.value_dim
+        count = self.c_attn.ops(tokens) + self.attention_ops(tokens, pairs) + self.c_proj.ops(tokens)
+        return count + Ops(add=summed)

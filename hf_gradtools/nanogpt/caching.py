@@ -1,0 +1,117 @@
+"""The cache of a layer that carries a state instead of keys and values.
+
+transformers' own `LinearAttentionLayer` counts no tokens, and a cache made only of such layers makes `generate` fail;
+this one counts, so that positions are right whichever layers a model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+
+
+RECURRENT = "nanogpt_recurrent"
+
+
+class RecurrentStateLayer(CacheLayerMixin):
+    """Named states whose size does not grow, and how many tokens have gone into them.
+
+    `DynamicCache(config=...)` and `StaticCache(config=...)` make one for each layer of type "nanogpt_recurrent".
+    """
+
+    _layer_type = RECURRENT
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any):
+        super().__init__()
+        self.states: dict[str, Tensor] = {}
+        self.seen_tokens = 0
+
+    def advance(self, tokens: int, **states: Tensor) -> None:
+        """Replaces the states by those after `tokens` more tokens."""
+        self.states = states
+        self.seen_tokens += tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a recurrent layer keeps no keys and values")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a recurrent layer keeps no keys and values: call advance()")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        self._map(lambda state: state.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """States follow the hidden states' device when they are used."""
+
+    def reset(self) -> None:
+        self.states, self.seen_tokens, self.is_initialized = {}, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda state: state[indices])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.states = {name: function(state) for name, state in self.states.items()}
+
+
+# The mixin registers it for dynamic caches only; its states are as large in a static one.
+STATIC_LAYER_TYPE_MAPPING[RECURRENT] = RecurrentStateLayer
+
+
+def recurrent_layer(cache: Cache | None, layer_idx: int) -> RecurrentStateLayer | None:
+    """The cache of a layer without keys and values.
+
+    Raises:
+        ValueError: the cache was made without the model's configuration.
+    """
+    if cache is None:
+        return None
+    # A cache made without a configuration grows its layers by updates of keys, and knows none of this kind.
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, RecurrentStateLayer):
+        raise ValueError(
+            f"past_key_values has no state for layer {layer_idx}, which keeps no keys and values. Make the cache as "
+            "DynamicCache(config=model.config)."
+        )
+    return layer
+
+
+def visible_keys(queries: Tensor, keys: Tensor, key_mask: Tensor | None, window: int | None) -> Tensor:
+    """Which keys a query sees: those up to itself, no more than `window`, none that is padding.
+
+    Args:
+        queries (`Tensor`): `[S]`, indices of the queries in the sequence.
+        keys (`Tensor`): `[K]`, those of the keys.
+        key_mask (`Tensor`, *optional*): `[B, K]`, False at padding.
+        window (`int`, *optional*): how many keys at most, itself included.
+
+    Returns:
+        `Tensor`: bool `[B or 1, 1, S, K]`.
+    """
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    seen = seen[None, None]
+    return seen if key_mask is None else seen & key_mask.to(torch.bool)[:, None, None, :]

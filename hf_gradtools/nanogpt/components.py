@@ -1,0 +1,13 @@
+"""Imports every file of components, which registers their variants."""
+
+from .activations import Activation
+from .attention import TokenMixer
+from .linear import Linear
+from .mlp import FeedForward
+from .norms import Norm
+from .positions import Position
+from .recurrent import SelectiveStateSpace
+from .softmax import Softmax
+
+
+__all__ = ["Activation", "FeedForward", "Linear", "Norm", "Position", "SelectiveStateSpace", "Softmax", "TokenMixer"]
