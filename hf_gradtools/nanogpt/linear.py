@@ -37,7 +37,7 @@ class Linear(nn.Linear):
 
 @register("linear", "bitlinear_1p58")
 class BitLinear(Linear):
-    """Weights in {-1, 0, 1} times their mean magnitude, inputs in 8 bits per token (BitNet b1.58, arXiv 2402.17764)."""
+    """Weights in {-1, 0, 1} times their mean magnitude, inputs in 8 bits per token (b1.58, arXiv 2402.17764)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = straight_through(ternary(self.weight), self.weight)
@@ -52,7 +52,7 @@ class BitLinear(Linear):
 
 @register("linear", "quantized_linear")
 class QuantizedLinear(Linear):
-    """Weights rounded to `quantize_linear_bits` bits, symmetric, one scale per output (quantisation-aware training)."""
+    """Weights rounded to `quantize_linear_bits` bits, symmetric, one scale per output, while they train."""
 
     def __init__(self, config: Any, in_features: int, out_features: int, bias: bool):
         super().__init__(config, in_features, out_features, bias)

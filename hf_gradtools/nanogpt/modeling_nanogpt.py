@@ -38,11 +38,11 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         super().__init__()
         norm = variant("norm", config.of_layer("norm_variant_attn", layer_idx))
 
-        def norms(wanted: bool) -> nn.ModuleList:
-            return nn.ModuleList(norm(config, config.n_embd) for _ in range(2 if wanted else 0))
+        def norms(wanted: bool, number: int = 2) -> nn.ModuleList:
+            return nn.ModuleList(norm(config, config.n_embd) for _ in range(number if wanted else 0))
 
         self.pre_ln, self.peri_ln = norms(config.use_pre_ln), norms(config.use_peri_ln)
-        self.post_ln = norms(config.use_post_ln)
+        self.post_ln = norms(config.use_post_ln, 1 if config.use_parallel_mlp else 2)
         self.attn = variant("attention", config.of_layer("attention_variant", layer_idx))(config, layer_idx)
         self.mlp = variant("mlp", config.of_layer("mlp_variant", layer_idx))(config, layer_idx)
         self.is_parallel = config.use_parallel_mlp
@@ -55,7 +55,7 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         if self.is_parallel:
             fed = self.mlp(self.pre_ln[1](x) if self.pre_ln else x)
             mixed = mixed + (self.peri_ln[1](fed) if self.peri_ln else fed)
-            return self.post_ln[1](x + mixed) if self.post_ln else x + mixed
+            return self.post_ln[0](x + mixed) if self.post_ln else x + mixed
         x = x + mixed
         if self.post_ln:
             x = self.post_ln[0](x)

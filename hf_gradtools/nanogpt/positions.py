@@ -77,10 +77,6 @@ class RotaryPositions(Position):
             table = self._tables[key] = rotary_table(dim, length, self.theta, device).to(dtype)
         return table
 
-    def ops(self, tokens: int, pairs: int = 0) -> Ops:
-        """Of rotating one head of `pairs` numbers: the cosines and sines are a table."""
-        return Ops(mul=2, add=1) * (tokens * pairs)
-
 
 def rotary_table(dim: int, length: int, theta: float, device: torch.device) -> Tensor:
     """Cosines and sines `[2, length, dim]` in float64, of the half-rotation layout."""
