@@ -7,7 +7,19 @@ from .mlp import FeedForward
 from .norms import Norm
 from .positions import Position
 from .recurrent import SelectiveStateSpace
+from .registry import VARIANTS, register
 from .softmax import Softmax
 
 
-__all__ = ["Activation", "FeedForward", "Linear", "Norm", "Position", "SelectiveStateSpace", "Softmax", "TokenMixer"]
+__all__ = [
+    "VARIANTS",
+    "Activation",
+    "FeedForward",
+    "Linear",
+    "Norm",
+    "Position",
+    "SelectiveStateSpace",
+    "Softmax",
+    "TokenMixer",
+    "register",
+]

@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .caching import RECURRENT
-from .components import TokenMixer
-from .registry import VARIANTS, variant
+from .components import VARIANTS, TokenMixer
+from .registry import variant
 
 
 # Field -> kind of component it names. A list is cycled over the layers, except for those in ONE_FOR_ALL.
