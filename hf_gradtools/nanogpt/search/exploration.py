@@ -91,7 +91,7 @@ def read_exploration(
                 runs[run.key] = run
     if repeated:
         logger.warning(
-            f"{path} asks {repeated.total()} times for a run that it has already; each runs once: {', '.join(repeated)}."
+            f"{path} asks {repeated.total()} times for a run it has already; these run once: {', '.join(repeated)}."
         )
     return _distinct(list(runs.values()))
 

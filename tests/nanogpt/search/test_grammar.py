@@ -6,8 +6,6 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.testing_utils import CaptureLogger
-from transformers.utils import logging
 
 from hf_gradtools.nanogpt.search.exploration import read_exploration
 from hf_gradtools.nanogpt.search.grammar import expand_document
@@ -176,13 +174,12 @@ def test_documents_add_up_in_yaml_and_in_json(tmp_path):
     assert explore(tmp_path, json.dumps(documents[1]), "one", format="json")[0].config == expected[2]
 
 
-def test_runs_asked_for_twice_run_once_and_are_named(tmp_path):
-    with CaptureLogger(logging.get_logger("hf_gradtools.nanogpt.search.exploration")) as captured:
-        runs = explore(tmp_path, "a: [1, 2, 1]\nb: 0\n---\nb: 0\na: 2\n")
+def test_runs_asked_for_twice_run_once_and_are_named(tmp_path, caplog):
+    runs = explore(tmp_path, "a: [1, 2, 1]\nb: 0\n---\nb: 0\na: 2\n")
     assert [run.config for run in runs] == [{"a": 1, "b": 0}, {"a": 2, "b": 0}]
     assert len({run.key for run in runs}) == 2
-    assert "asks 2 times" in captured.out
-    assert "sweep-1-0, sweep-2-0" in captured.out
+    assert "asks 2 times" in caplog.text
+    assert "sweep-1-0, sweep-2-0" in caplog.text
 
 
 def test_runs_that_differ_only_in_what_names_leave_out_have_names_of_their_own(tmp_path):
