@@ -24,7 +24,8 @@ __all__ = ["evaluate_tasks", "harness_model", "result_rows"]
 
 KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 GENERATED_TOKENS = 256  # the harness's own default, where the context has room for it
-LOGGERS = ("lm_eval", "lm-eval")
+# The last warns of right padding wherever a prompt ends with the token that also pads, though a mask tells them apart.
+LOGGERS = ("lm_eval", "lm-eval", "transformers.generation.utils")
 
 
 def evaluate_tasks(
@@ -109,6 +110,12 @@ def harness_model(
 
         def tok_decode(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
             return None if tokens is None else super().tok_decode(tokens, *args, **kwargs)  # no end-of-text token
+
+        def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+            if not self.tokenizer("")["input_ids"]:  # no text begins with a token of its own
+                prefix = self.tokenizer.decode([self.prefix_token_id])
+                strings = [string or prefix for string in strings]
+            return super().tok_batch_encode(strings, *args, **kwargs)
 
         @property
         def max_gen_toks(self) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradtools.nanogpt.data.tokenizers import character_ids, encode_text
+from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
+from hf_gradtools.nanogpt.output_softmax import OutputSoftmax
 from hf_gradtools.nanogpt.sampling.options import SampleOptions
 from hf_gradtools.nanogpt.sampling.segments import decode
 
@@ -30,7 +32,8 @@ class Sample:
     Args:
         prompt_ids: the prompt.
         ids: tokens drawn, up to and with the one that ended the text.
-        logits: `[T, V]`, of the model, if they were asked for.
+        logits: `[T, V]`, whose softmax is the model's probabilities, if they were asked for. They are those of its
+            output layer, or the logarithms of what its `softmax_variant_output` makes of them.
         scores: `[T, V]`, log-weights that the tokens were drawn by: after temperature and truncation.
     """
 
@@ -121,7 +124,7 @@ def _generation_config(
     """Only what the options say: unset fields would be filled from the model's own, top_k=50 among them."""
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = next((i for i in (tokenizer.pad_token_id, first_eos, 0) if i is not None), 0)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_eos
     drawing: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         drawing = {
@@ -159,8 +162,12 @@ def _extend(drawn: _Drawn, model: PreTrainedModel, context: Tensor, config: Gene
     config = copy.copy(config)
     config.max_new_tokens = new
     output: Any = model.generate(context, attention_mask=torch.ones_like(context), generation_config=config)
+    logits = output.logits or ()
+    if isinstance(model, NanoGPTForCausalLM) and model.config.softmax_variant_output != "softmax":
+        weighting = OutputSoftmax(model.config).to(model.device)
+        logits = [weighting(None, step) for step in logits]
     drawn.ids = torch.cat([drawn.ids, output.sequences[:, context.shape[1] :]], dim=1)
-    drawn.logits += [step.float().cpu() for step in output.logits or ()]
+    drawn.logits += [step.float().cpu() for step in logits]
     drawn.scores += [step.float().cpu() for step in output.scores or ()]
     return output.sequences
 

@@ -121,3 +121,16 @@ def test_a_prompt_may_stand_in_a_file(tmp_path):
     assert SampleOptions(start=f"FILE:{tmp_path}/prompt.txt").start_text() == "a\r\n[/b] é"
     with pytest.raises(ValueError, match="cannot be read"):
         SampleOptions(start="FILE:nowhere.txt").start_text()
+
+
+def test_an_output_softmax_has_its_own_probabilities(chars):
+    from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM
+
+    sizes = {"vocab_size": len(chars), "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    config = NanoGPTConfig(**sizes, softmax_variant_output="relumax", initializer_range=1.0)
+    model = NanoGPTForCausalLM(config).eval()
+    (sample,) = draw(model, chars, num_samples=1, temperature=1.0)
+    text = sample.prompt_ids + sample.ids
+    for step in range(len(sample.ids)):
+        weights = last_logits(model, text[: 2 + step]).relu()  # relumax, whose divisor cancels
+        torch.testing.assert_close(sample.logits[step].softmax(-1), weights / weights.sum(), rtol=1e-4, atol=1e-5)
