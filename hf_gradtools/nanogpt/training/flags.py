@@ -92,7 +92,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any]) -> None:
     elif any((get_origin(member) or member) is dict for member in members):
         _add(parser, field, type=_json)
     elif lists and scalars:
-        _add(parser, field, type=_reader(scalars), nargs="+", action=_OneOrSeveral)
+        takes_none = any(NoneType in _members(item) for member in lists for item in get_args(member))
+        _add(parser, field, type=_reader(scalars, takes_none), nargs="+", action=_OneOrSeveral)
     elif len(scalars) > 1:
         _add(parser, field, type=_reader(scalars))
     else:
@@ -101,18 +102,31 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any]) -> None:
 
 def _add_bool(parser: Any, field: dataclasses.Field[Any]) -> None:
     _add(parser, field, type=string_to_bool, nargs="?", const=True)
-    name = field.name
-    negative = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
+    negative = [f"--no{joint}{spelling[2:]}" for spelling in _spellings(field) for joint in "_-"]
     parser.add_argument(
-        *negative, action="store_false", dest=name, default=_default(field), help=f"the opposite of --{name}"
+        *negative,
+        action="store_false",
+        dest=field.name,
+        default=_default(field),
+        help=f"the opposite of --{field.name}",
     )
 
 
 def _add(parser: Any, field: dataclasses.Field[Any], **options: Any) -> None:
-    spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     default = _default(field)
     required = {"required": True} if default is dataclasses.MISSING else {"default": default}
-    parser.add_argument(*spellings, **{**field.metadata, **required, **options})
+    metadata = {name: value for name, value in field.metadata.items() if name != "aliases"}
+    parser.add_argument(*_spellings(field), dest=field.name, **{**metadata, **required, **options})
+
+
+def _spellings(field: dataclasses.Field[Any]) -> list[str]:
+    """`--a_b`, `--a-b`, and the aliases."""
+    names = [f"--{field.name}", *field.metadata.get("aliases", [])]
+    return list(dict.fromkeys(spelling for name in names for spelling in (name, _hyphens(name))))
+
+
+def _hyphens(spelling: str) -> str:
+    return "--" + spelling[2:].replace("_", "-")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -126,12 +140,14 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _reader(scalars: Sequence[Any]) -> Callable[[str], Any]:
-    """Reads a word as the first of several types that takes it."""
+def _reader(scalars: Sequence[Any], takes_none: bool = False) -> Callable[[str], Any]:
+    """Reads a word as the first of several types that takes it; perhaps `none` as None."""
     readers = [_choice(kind) if get_origin(kind) is Literal else _READERS.get(kind, kind) for kind in scalars]
     readers.sort(key=lambda reader: reader is str)  # a text takes every word
 
     def read(word: str) -> Any:
+        if takes_none and word.lower() == "none":
+            return None
         for reader in readers:
             try:
                 return reader(word)

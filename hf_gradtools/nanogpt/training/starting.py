@@ -1,0 +1,119 @@
+"""The model that a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
+from hf_gradtools.nanogpt.data.token_folder import TokenFolder
+from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
+
+
+__all__ = ["RESUME", "SCRATCH", "build_model", "check_names", "config_fields"]
+
+SCRATCH, RESUME, GPT2 = "scratch", "resume", "gpt2"
+# Follow from other fields, or belong to generation.
+NO_FLAG = {"layer_types", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def config_fields() -> dict[str, dataclasses.Field[Any]]:
+    """The fields of `NanoGPTConfig` that describe a model, by name."""
+    own = set(NanoGPTConfig.__dict__["__annotations__"]) - NO_FLAG
+    return {field.name: field for field in dataclasses.fields(NanoGPTConfig) if field.name in own}
+
+
+def check_names(names: Mapping[str, Any] | set[str], known: set[str]) -> None:
+    """ValueError naming what is not known, and what it may have been meant to be."""
+    if unknown := sorted(set(names) - known):
+        close = difflib.get_close_matches(unknown[0], known, 3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "See --help for all of them."
+        raise ValueError(f"unknown options: {', '.join(unknown)}. {hint}")
+
+
+def build_model(init_from: str, given: NanoGPTConfig | Mapping[str, Any] | None, data: TokenFolder) -> PreTrainedModel:
+    """A new model, or one to go on from.
+
+    Args:
+        init_from (`str`): "scratch", "gpt2…", a folder, a Hub id, or a nanoGPT `ckpt.pt`.
+        given (`NanoGPTConfig` or mapping, *optional*): its configuration; of a mapping, `vocab_size` defaults to that
+            of the data. A model that is not made anew takes a smaller `block_size` and another `dropout`; what else it
+            is given must be what it has.
+        data (`TokenFolder`): what it is trained on.
+
+    Raises:
+        ValueError: the model cannot be loaded, does not fit the data, or is not what was asked for.
+    """
+    asked = _changes(given) if isinstance(given, NanoGPTConfig) and init_from != SCRATCH else given
+    if init_from == SCRATCH:
+        model = NanoGPTForCausalLM(_config(asked, data))
+    elif init_from.startswith(GPT2) and not Path(init_from).exists():
+        model = NanoGPTForCausalLM.from_gpt2(init_from)
+    elif Path(init_from).suffix == ".pt":
+        model = NanoGPTForCausalLM.from_nanogpt(init_from)
+    else:
+        model = _load(init_from)
+    if model.config.vocab_size < data.vocab_size:
+        raise ValueError(
+            f"the model has vocab_size={model.config.vocab_size}, and the data in {data.path} has ids up to "
+            f"{data.vocab_size - 1}. Prepare the data by the model's own tokenizer, or train from scratch."
+        )
+    if init_from != SCRATCH and asked:
+        model = _adjusted(model, dict(asked), init_from)
+    return model
+
+
+def _config(given: NanoGPTConfig | Mapping[str, Any] | None, data: TokenFolder) -> NanoGPTConfig:
+    if isinstance(given, NanoGPTConfig):
+        return given
+    check_names(given or {}, {*config_fields(), *NanoGPTConfig.attribute_map})
+    return NanoGPTConfig(**{"vocab_size": data.vocab_size, **(given or {})})
+
+
+def _changes(config: NanoGPTConfig) -> dict[str, Any]:
+    """What a configuration says that is not the default."""
+    return {
+        name: getattr(config, name)
+        for name, field in config_fields().items()
+        if getattr(config, name) != field.default and name != "vocab_size"
+    }
+
+
+def _load(name: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"init_from={name!r} cannot be loaded: {reason}. Pass 'scratch', 'resume', 'gpt2', a folder or Hub id of "
+            "a causal LM, or a nanoGPT ckpt.pt."
+        ) from error
+
+
+def _adjusted(model: PreTrainedModel, asked: dict[str, Any], init_from: str) -> PreTrainedModel:
+    """The model with the dropout asked for; ValueError if something is asked for that it is not."""
+    config: PreTrainedConfig = model.config
+    asked = {config.attribute_map.get(name, name): value for name, value in asked.items()}
+    for name, value in asked.items():
+        has = getattr(config, name, None)
+        if name == "dropout" or (name == "block_size" and (has is None or value <= has)):
+            continue
+        if has != value:
+            raise ValueError(
+                f"{name}={value!r}, but the model of init_from={init_from!r} has {has!r}. Leave {name} out, or train "
+                "from scratch."
+            )
+    if "dropout" in asked and asked["dropout"] != getattr(config, "dropout", None):
+        if not isinstance(model, NanoGPTForCausalLM):
+            raise ValueError(f"dropout={asked['dropout']} is no option of a {type(model).__name__}. Leave it out.")
+        changed = NanoGPTConfig.from_dict({**config.to_dict(), "dropout": asked["dropout"]})
+        remade = NanoGPTForCausalLM(changed)
+        remade.load_state_dict(model.state_dict())
+        return remade
+    return model
