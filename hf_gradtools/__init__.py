@@ -1,7 +1,7 @@
 """Gradients as first-class objects of the Hugging Face stack.
 
 Public names load on first use: `import hf_gradtools` itself imports neither torch nor transformers. It
-makes GRIT known to PEFT, as soon as PEFT is imported.
+makes GRIT known to PEFT, and our models to transformers, as soon as those are imported.
 """
 
 from importlib import import_module
@@ -26,8 +26,12 @@ _LAZY = {
     "GritController": "hf_gradtools.grit",
     "GritModel": "hf_gradtools.grit",
     "GritTrainer": "hf_gradtools.grit",
+    "NanoGPTConfig": "hf_gradtools.nanogpt",
+    "NanoGPTForCausalLM": "hf_gradtools.nanogpt",
+    "NanoGPTModel": "hf_gradtools.nanogpt",
     "export_lora": "hf_gradtools.grit",
     "ghost_values": "hf_gradtools.ghost",
+    "hardware_report": "hf_gradtools.nanogpt",
     "load_ghost_dataset": "hf_gradtools.ghost",
 }
 
@@ -45,9 +49,13 @@ __all__ = [
     "GritController",
     "GritModel",
     "GritTrainer",
+    "NanoGPTConfig",
+    "NanoGPTForCausalLM",
+    "NanoGPTModel",
     "__version__",
     "export_lora",
     "ghost_values",
+    "hardware_report",
     "load_ghost_dataset",
 ]
 
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
         load_ghost_dataset,
     )
     from hf_gradtools.grit import GritCallback, GritConfig, GritController, GritModel, GritTrainer, export_lora
+    from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel, hardware_report
 
 
 def __getattr__(name: str) -> object:

@@ -365,7 +365,7 @@ class NanoGPTConfig(PreTrainedConfig):
             if name != "softmax":
                 raise ValueError(
                     f"use_flash_lobo=True adds to the denominator of softmax; softmax_variant_attn={name!r} "
-                    "has none, or its own: choose softmax_variant_attn='softmax', or 'strongermax' with strongermax_obo."
+                    "has none, or its own. Choose 'softmax', or 'strongermax' with strongermax_obo."
                 )
         for flag in ("use_flash_lobo_per_head", "use_flash_obo_const"):
             if getattr(self, flag) and not self.use_flash_lobo:

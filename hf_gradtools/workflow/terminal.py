@@ -41,17 +41,19 @@ Resume = Annotated[bool, option("Continue the run in --output-dir.", "Training",
 
 
 @contextmanager
-def one_line_errors(options: type) -> Iterator[None]:
+def one_line_errors(options: type | None = None) -> Iterator[None]:
     """Says what is wrong in one line, in the words of the command line; a bug keeps its traceback.
 
     Args:
-        options: dataclass whose fields are flags of the command.
+        options: dataclass whose fields are flags of the command, spelled with hyphens.
     """
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        names = "|".join(options.__dataclass_fields__)
-        message = re.sub(rf"\b({names})=(True\b)?", _as_flag, " ".join(str(error).split()))
+        message = " ".join(str(error).split())
+        if options is not None:
+            names = "|".join(options.__dataclass_fields__)
+            message = re.sub(rf"\b({names})=(True\b)?", _as_flag, message)
         typer.secho(f"Error: {message}", fg="red", err=True)
         raise typer.Exit(1) from error
 
