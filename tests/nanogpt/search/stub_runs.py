@@ -43,3 +43,18 @@ def troubled(flags, folder):
     if flags["trouble"] == "nothing":
         return {}
     return {"best_val_loss": 1.0}
+
+
+def surface(flags, folder):
+    """A loss that wider and deeper models lower, less and less; some sizes cannot be built."""
+    note(folder, f"start {folder.name}")
+    time.sleep(flags.get("seconds", 0))
+    if flags["n_head"] < 1 or flags["n_embd"] % flags["n_head"]:
+        raise ValueError(f"n_head={flags['n_head']} does not divide n_embd={flags['n_embd']}")
+    seed = (flags["seed"] * 7919 % 13 - 6) / 6
+    mlp = sum(flags["mlp_size"])
+    loss = 1 + 8 / flags["n_embd"] + 3 / flags["n_layer"] + 40 / mlp + 50 * (flags["lr"] - 0.003) ** 2
+    loss += 0.02 * flags["n_head"] + 20 / flags.get("max_iters", 1000) + flags.get("noise", 0) * seed
+    params = flags["n_layer"] * 4 * flags["n_embd"] ** 2 + 2 * flags["n_embd"] * mlp
+    note(folder, f"end {folder.name}")
+    return {"best_val_loss": loss, "num_params": params, "iter_latency_avg": params / 1e4, "best_val_iter": 9}
