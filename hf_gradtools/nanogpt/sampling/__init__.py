@@ -1,12 +1,18 @@
 """Text from a trained model, coloured by its confidence, and its scores on benchmarks."""
 
-from hf_gradtools.nanogpt.sampling.benchmarks import evaluate_tasks, harness_model, result_rows
-from hf_gradtools.nanogpt.sampling.colors import intensity_to_rgb, token_intensities, token_ranks
-from hf_gradtools.nanogpt.sampling.generation import Sample, encode_prompt, generate_samples
-from hf_gradtools.nanogpt.sampling.heatmap import top_tokens
-from hf_gradtools.nanogpt.sampling.options import SampleOptions
-from hf_gradtools.nanogpt.sampling.segments import Segment, segment_tokens
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_gradtools.nanogpt.sampling.benchmarks import evaluate_tasks, harness_model, result_rows
+    from hf_gradtools.nanogpt.sampling.colors import intensity_to_rgb, token_intensities, token_ranks
+    from hf_gradtools.nanogpt.sampling.generation import Sample, encode_prompt, generate_samples
+    from hf_gradtools.nanogpt.sampling.heatmap import top_tokens
+    from hf_gradtools.nanogpt.sampling.options import SampleOptions
+    from hf_gradtools.nanogpt.sampling.segments import Segment, segment_tokens
 
 __all__ = [
     "Sample",
@@ -23,3 +29,26 @@ __all__ = [
     "token_ranks",
     "top_tokens",
 ]
+
+# The command lines import options from here, and must not wait for transformers.
+_MODULES = {
+    "Sample": "generation",
+    "SampleOptions": "options",
+    "Segment": "segments",
+    "encode_prompt": "generation",
+    "evaluate_tasks": "benchmarks",
+    "generate_samples": "generation",
+    "harness_model": "benchmarks",
+    "intensity_to_rgb": "colors",
+    "result_rows": "benchmarks",
+    "segment_tokens": "segments",
+    "token_intensities": "colors",
+    "token_ranks": "colors",
+    "top_tokens": "heatmap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_MODULES)}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

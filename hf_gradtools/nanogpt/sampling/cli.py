@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hf_gradtools.core.atomic import atomic_write
 from hf_gradtools.nanogpt.sampling.options import SampleOptions
+from hf_gradtools.nanogpt.sampling.terminal import command_line, plain_console
 
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ SCALES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line `argv`, default the process's own."""
-    from hf_gradtools.nanogpt.sampling.terminal import command_line
-
     with command_line(SampleOptions, argv, PROG, "Samples from a trained model, or scores of lm-eval.") as options:
         run(options)
 
@@ -51,7 +50,7 @@ def run(options: SampleOptions, console: Console | None = None) -> None:
     """
     from hf_gradtools.nanogpt.sampling.loading import load_trained
 
-    console = console or Console(highlight=False, markup=False, emoji=False)
+    console = console or plain_console()
     start = options.start_text()
     model, tokenizer = load_trained(options.source, options.tokenizer, options.device, options.dtype)
     if options.print_model_info:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.console import Console
 
 from hf_gradtools.workflow.terminal import one_line_errors, quiet
 
 
-__all__ = ["command_line"]
+__all__ = ["command_line", "plain_console"]
+
+FILE_WIDTH = 1000  # columns, where tables go to a file or a pipe
+
+
+def plain_console() -> Console:
+    """Prints to the terminal what it is given, and reads nothing into it: no markup, no highlights, no emoji."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
