@@ -47,11 +47,11 @@ def softermax(scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def softmax_off_by_one(scores: Tensor, allowed: Tensor, base: float, offset: float | Tensor) -> Tensor:
-    """base^s_j / (offset + Σ_k base^s_k): strongermax; `offset` may hold one number per head."""
+    """base^s_j / (offset + Σ_k base^s_k): strongermax; `offset` may be a tensor, of one number or one per head."""
 
     def rule(row: list[Tensor], head: int) -> list[Tensor]:
         powers = [base**s for s in row]
-        extra = offset.reshape(-1)[head] if isinstance(offset, Tensor) and offset.numel() > 1 else offset
+        extra = offset.flatten()[head % offset.numel()] if isinstance(offset, Tensor) else offset
         total = sum(powers) + extra
         return [p / total for p in powers]
 
