@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_gradtools.nanogpt.training.options import TrainOptions
     from hf_gradtools.nanogpt.training.run import run_flags
-    from hf_gradtools.nanogpt.training.train import TrainResult, train
+    from hf_gradtools.nanogpt.training.workflow import TrainResult, train
 
 __all__ = ["TrainOptions", "TrainResult", "run_flags", "train"]
 
 # The command lines import flags and options from here, and must not wait for Trainer.
-_MODULES = {"TrainOptions": "options", "TrainResult": "train", "run_flags": "run", "train": "train"}
+_MODULES = {"TrainOptions": "options", "TrainResult": "workflow", "run_flags": "run", "train": "workflow"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from hf_gradtools.nanogpt.training.starting import config_fields
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.nanogpt.training.train import TrainResult
     from hf_gradtools.nanogpt.training.trainer import BlockTrainer
+    from hf_gradtools.nanogpt.training.workflow import TrainResult
 
 __all__ = ["write_nanogpt_card"]
 

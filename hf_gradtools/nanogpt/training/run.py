@@ -19,7 +19,7 @@ from hf_gradtools.nanogpt.training.starting import RESUME, check_names, config_f
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.nanogpt.training.train import TrainResult
+    from hf_gradtools.nanogpt.training.workflow import TrainResult
 
 __all__ = ["ModelFlags", "run_flags", "train_parser"]
 
@@ -90,7 +90,7 @@ def run_flags(flags: Mapping[str, Any], *, echo: Callable[[str], None] | None = 
     Raises:
         ValueError: a name is unknown, or a value does not fit.
     """
-    from hf_gradtools.nanogpt.training.train import stored_options, train  # not for --help
+    from hf_gradtools.nanogpt.training.workflow import stored_options, train  # not for --help
 
     options, config = split_flags(flags)
     if options.get("init_from") == RESUME:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
+from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
 from hf_gradtools.nanogpt.training.callbacks import Display, Pace
 from hf_gradtools.nanogpt.training.checkpoints import checkpoint_folder, last_checkpoint, prune, publish, write_folder
 from hf_gradtools.nanogpt.training.loader import block_loader
@@ -65,6 +66,7 @@ class BlockTrainer(Trainer):
             processing_class=data.tokenizer if data.has_tokenizer else None,
             callbacks=[self.pace, self.display],
         )
+        self._is_nanogpt = isinstance(model, NanoGPTForCausalLM)
         self.num_params = model.num_parameters()
         self._flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
         # On an accelerator, reading a loss waits for it; there they are read at the log's intervals.
@@ -123,6 +125,11 @@ class BlockTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return super()._get_grad_norm(model, grad_norm) if self.options.grad_clip else None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        # Other models compute a loss only if there are labels, which it then leaves unread.
+        return inputs if self._is_nanogpt else {**inputs, "labels": inputs["shift_labels"]}
 
     # ---- evaluation
 

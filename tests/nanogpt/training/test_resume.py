@@ -1,0 +1,108 @@
+"""A run that is killed and goes on gives exactly what an uninterrupted one gives: dropout and data order included."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import TrainerCallback
+
+from hf_gradtools.nanogpt.training import train
+from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
+from hf_gradtools.nanogpt.training.trainer import BlockTrainer
+from tests.nanogpt.training.killed_run import DROPOUT, RUN
+from tests.nanogpt.training.reference import MODEL, options
+
+
+def logged(out_dir):
+    state = json.loads((out_dir / "trainer_state.json").read_text())
+    return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in numbers(state)]
+
+
+def numbers(state):
+    return [row for row in state["log_history"] if "train_loss" not in row]
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("run", "model"),
+    [
+        ({}, {"dropout": 0.3}),
+        ({"gradient_accumulation_steps": 3}, {"dropout": 0.3, "attention_variant": "ssm"}),
+        ({"log_interval": 3, "always_save_checkpoint": False}, {}),
+    ],
+)
+@pytest.mark.parametrize("step", [3, 9])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(step, run, model, dataset, tmp_path, monkeypatch):
+    config = {**MODEL, **model}
+    train(options(dataset, tmp_path / "whole", **run), config)
+    with monkeypatch.context() as patched:
+        begin = BlockTrainer.train
+
+        def interrupted(self, **kwargs):
+            self.add_callback(Interrupt(step))
+            return begin(self, **kwargs)
+
+        patched.setattr(BlockTrainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(dataset, tmp_path / "cut", **run), config)
+    train(options(dataset, tmp_path / "cut", **run, init_from="resume"), None)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.timeout(400)
+def test_killed_at_random_moments(dataset, tmp_path):
+    script = [sys.executable, "-m", "tests.nanogpt.training.killed_run", dataset, str(tmp_path / "killed"), "8"]
+    subprocess.run(script, check=True, timeout=300)
+    train(options(dataset, tmp_path / "whole", **RUN), DROPOUT)
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    for name in ("model.safetensors", "checkpoint-40/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list_checkpoints(tmp_path / "killed")) <= 2
+
+
+def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
+    first = train(options(dataset, tmp_path / "out"), MODEL)
+    (tmp_path / "out" / "model.safetensors").unlink()  # killed before it was copied
+    again = train(options(dataset, tmp_path / "out", init_from="resume"))
+    assert (again.iters, again.best_val_loss, again.iter_latency_ms) == (12, first.best_val_loss, None)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_longer_run_goes_on_along_the_same_schedule(dataset, tmp_path):
+    whole = options(dataset, tmp_path / "whole", max_iters=12, lr_decay_iters=12)
+    train(whole, MODEL)
+    train(options(dataset, tmp_path / "short", max_iters=8, lr_decay_iters=12), MODEL)
+    train(options(dataset, tmp_path / "short", max_iters=12, lr_decay_iters=12, init_from="resume"))
+    assert logged_losses(tmp_path / "short") == logged_losses(tmp_path / "whole")
+
+
+def logged_losses(out_dir):
+    return [row["loss"] for row in logged(out_dir) if "loss" in row]
+
+
+def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
+    def die(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    write_folder(tmp_path / "checkpoint-3", lambda folder: (folder / "a").write_text("whole"))
+    for name in ("checkpoint-3", "checkpoint-6"):
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path / name, die)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert (tmp_path / "checkpoint-3" / "a").read_text() == "whole"
+    write_folder(tmp_path / "checkpoint-6", lambda folder: (folder / "a").write_text("new"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
