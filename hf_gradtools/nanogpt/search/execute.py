@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ def attempt_folder(root: Path, run: Run, number: int) -> Path:
     return root / "-".join([name, run.key[:8], *([f"retry{number}"] if number else [])])
 
 
-def execute(run: RunFn, attempt: Attempt, root: Path, *, in_process: bool = False) -> tuple[dict[str, Any], Path]:
+def execute(
+    run: RunFn, attempt: Attempt, root: Path, *, in_process: bool = False, preload: Sequence[str] = ()
+) -> tuple[dict[str, Any], Path]:
     """Makes an attempt, or takes up the result of an earlier one whose worker died before it could record it.
 
     Args:
@@ -46,6 +48,7 @@ def execute(run: RunFn, attempt: Attempt, root: Path, *, in_process: bool = Fals
         attempt (`Attempt`): what is run.
         root (`Path`): of the folders of all runs.
         in_process (`bool`, defaults to `False`): runs in this process, which a crash would end.
+        preload (`Sequence[str]`): modules that a process of its own begins with.
 
     Returns:
         `tuple[dict, Path]`: `{"metrics": ...}` or `{"error": {"type", "message", "traceback"}}`, and the folder.
@@ -65,7 +68,7 @@ def execute(run: RunFn, attempt: Attempt, root: Path, *, in_process: bool = Fals
     flags = attempt.run.flags()
     if in_process:
         return _guarded(run, flags, folder, attempt.run), folder
-    return _isolated(run, flags, folder, attempt.run), folder
+    return _isolated(run, flags, folder, attempt.run, preload), folder
 
 
 def die_with_parent() -> None:
@@ -101,8 +104,8 @@ def _checked(metrics: Mapping[str, Any]) -> dict[str, float | int]:
     return plain
 
 
-def _isolated(run: RunFn, flags: dict[str, Any], folder: Path, named: Run) -> dict[str, Any]:
-    process = _context(run).Process(target=_child, args=(run, flags, folder, named))
+def _isolated(run: RunFn, flags: dict[str, Any], folder: Path, named: Run, preload: Sequence[str]) -> dict[str, Any]:
+    process = _context([__name__, run.__module__, *preload]).Process(target=_child, args=(run, flags, folder, named))
     process.start()
     try:
         process.join()
@@ -117,12 +120,12 @@ def _isolated(run: RunFn, flags: dict[str, Any], folder: Path, named: Run) -> di
     return {"error": _error("ProcessDied", _ended(process.exitcode), _tail(folder / LOG))}
 
 
-def _context(run: RunFn) -> Any:
-    """Processes that begin with the run's module imported, but without the CUDA and the threads of this one."""
+def _context(preload: list[str]) -> Any:
+    """Processes that begin with modules imported, but without the CUDA and the threads of this one."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, run.__module__])
+    context.set_forkserver_preload(preload)
     return context
 
 

@@ -36,6 +36,7 @@ class Pool:
         folder (`Path`): of the journal and of the runs; any number of pools, on any machines that share the folder,
             work together.
         workers (`int`, defaults to 1): runs at the same time.
+        preload (`tuple[str, ...]`): modules that the processes of runs begin with.
         in_process (`bool`, defaults to `False`): a run shares its worker's process; with several workers, or to
             survive crashes, it has its own.
         storage (`str` or `optuna.storages.BaseStorage`, *optional*): instead of the journal.
@@ -50,6 +51,7 @@ class Pool:
     run: RunFn
     folder: Path
     workers: int = 1
+    preload: tuple[str, ...] = ()
     in_process: bool = False
     storage: Any = None
     stale_seconds: float = STALE_SECONDS
@@ -109,7 +111,8 @@ class Pool:
 
     def _make(self, attempt: Attempt, queue: RunQueue) -> None:
         try:
-            result, folder = execute(self.run, attempt, self.folder / RUNS, in_process=self.in_process)
+            root = self.folder / RUNS
+            result, folder = execute(self.run, attempt, root, in_process=self.in_process, preload=self.preload)
         except BaseException:  # Ctrl-C among them: the run is tried again
             queue.release(attempt)
             raise
@@ -165,7 +168,7 @@ def _worker(pool: Pool, runs: Sequence[Run], group: str | None) -> None:
 def _settled(queue: RunQueue, keys: set[str], bar: Any = None) -> bool:
     outcomes = queue.outcomes()
     settled = sum(key in outcomes and outcomes[key].settled for key in keys)
-    if bar is not None:
+    if bar is not None and settled != bar.n:
         bar.update(settled - bar.n)
     return settled == len(keys)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["GrammarError", "as_yaml", "config_key", "read_documents"]
+__all__ = ["GrammarError", "as_yaml", "config_key", "parse_value", "read_documents"]
 
 YAML, JSON = "yaml", "json"
 FORMATS = {".yaml": YAML, ".yml": YAML, ".json": JSON}
@@ -54,6 +54,14 @@ def read_documents(path: str | Path, format: str | None = None) -> list[Any]:
     if not documents:
         raise GrammarError(f"{path} holds no document. Write parameters into it, such as `n_layer: [2, 4]`.")
     return documents
+
+
+def parse_value(text: str) -> Any:
+    """One value as it would stand in a YAML file: `true`, `1e-3`, `[1, 2]`, or a text."""
+    try:
+        return _yaml().load(text, _loader())
+    except _yaml().YAMLError:
+        return text
 
 
 def as_yaml(value: Any, **options: Any) -> str:

@@ -14,6 +14,7 @@ from hf_gradtools.nanogpt.search.exploration import Run
 from hf_gradtools.nanogpt.search.pool import Pool
 from hf_gradtools.nanogpt.search.results import write_results
 from hf_gradtools.nanogpt.search.run_queue import Outcome
+from hf_gradtools.nanogpt.search.training_run import PRELOAD, train_run
 
 
 __all__ = ["run_sweep"]
@@ -65,7 +66,7 @@ def run_sweep(
     if not named:
         raise ValueError("runs is empty. Pass at least one configuration.")
     if run is None:
-        from hf_gradtools.nanogpt.search.training_run import train_run as run
+        run, options = train_run, {"preload": PRELOAD, **options}
     pool = Pool(
         run,
         Path(folder),

@@ -1,0 +1,93 @@
+"""What a run of a sweep or a search is by default: a training, from flags.
+
+Workers import this module, and leave torch to the processes of their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from inspect import get_annotations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+
+if TYPE_CHECKING:
+    from hf_gradtools.nanogpt.hardware import HardwareReport
+    from hf_gradtools.nanogpt.training import TrainResult
+
+__all__ = ["PRELOAD", "check_flags", "layer_lists", "report_of_flags", "train_run"]
+
+PRELOAD = ("hf_gradtools.nanogpt.search.preload",)
+OUT_DIR = "out_dir"
+
+
+def train_run(flags: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Trains, and returns what `results.yaml` has of it.
+
+    Args:
+        flags (`dict[str, Any]`): as [`~hf_gradtools.nanogpt.training.run_flags`] takes them.
+        folder (`Path`): its `out_dir`.
+    """
+    from hf_gradtools.nanogpt.training import run_flags
+
+    return metrics_of(run_flags({"progress": False, **flags, OUT_DIR: str(folder)}))
+
+
+def metrics_of(result: TrainResult) -> dict[str, float]:
+    """A result under the seed's names; what was not measured is left out."""
+    metrics = {
+        "best_val_loss": result.best_val_loss,
+        "best_val_iter": result.best_val_iter,
+        "num_params": result.num_params,
+        "better_than_chance": result.better_than_chance,
+        "btc_per_param": result.better_than_chance / result.num_params,
+        "peak_gpu_mb": result.peak_memory_mb,
+        "iter_latency_avg": result.iter_latency_ms,
+        "val_loss": result.val_loss,
+        "train_loss": result.train_loss,
+        "iters": result.iters,
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def check_flags(names: Iterable[str]) -> None:
+    """ValueError if a name is no flag of a training, before anything runs."""
+    from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
+    from hf_gradtools.nanogpt.training.options import TrainOptions
+    from hf_gradtools.nanogpt.training.starting import check_names, config_fields
+
+    names = set(names)
+    if OUT_DIR in names:
+        raise ValueError("out_dir is in the configuration; every run gets a folder of its own. Leave it out.")
+    check_names(names, {*TrainOptions.__dataclass_fields__, *config_fields(), *NanoGPTConfig.attribute_map})
+
+
+def report_of_flags(flags: Mapping[str, Any]) -> HardwareReport:
+    """The hardware report of the model that flags describe, at the end of a block.
+
+    Raises:
+        ValueError: the model is not described by flags, or is none.
+    """
+    from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
+    from hf_gradtools.nanogpt.data.token_folder import TokenFolder
+    from hf_gradtools.nanogpt.hardware import hardware_report
+    from hf_gradtools.nanogpt.training.options import TrainOptions
+    from hf_gradtools.nanogpt.training.run import split_flags
+    from hf_gradtools.nanogpt.training.starting import SCRATCH
+
+    options, model = split_flags(flags)
+    if (init_from := options.get("init_from", SCRATCH)) != SCRATCH:
+        raise ValueError(f"init_from={init_from!r}: the hardware report needs a model that is made from scratch.")
+    if "vocab_size" not in model:
+        data = TokenFolder(options.get("dataset", TrainOptions.dataset), options.get("data_dtype"))
+        model["vocab_size"] = data.vocab_size
+    return hardware_report(NanoGPTConfig(**model))
+
+
+def layer_lists() -> list[str]:
+    """The flags whose lists are cycled over the layers."""
+    from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
+    from hf_gradtools.nanogpt.training.starting import config_fields
+
+    types = get_annotations(NanoGPTConfig, eval_str=True)
+    return [name for name in config_fields() if any(get_origin(kind) is list for kind in get_args(types[name]))]
