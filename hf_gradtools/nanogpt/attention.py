@@ -123,15 +123,16 @@ class ScoredAttention(TokenMixer):
         if self.log_const is not None:
             init.constant_(self.log_const, self.initial_log_const)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Any]:
-        """Values `[B, S, H, V]` for q `[B, H, S, D]`, k `[B, G, S, D]`, v `[B, G, S, V]`, and weights if open."""
+    def attend(self, qk: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Any]:
+        """Values `[B, S, H, V]` for q and k side by side `[B, S, H + G, D]`, v `[B, G, S, V]`, and weights if open."""
+        qk = qk.transpose(1, 2)
         if self.use_qk_norm:
-            q, k = (nn.functional.normalize(x, dim=-1, eps=1e-6) for x in (q, k))
+            qk = nn.functional.normalize(qk, dim=-1, eps=1e-6)
+        if self.rotary_dim:
+            qk = rotate(qk, *context.rotations[self.rotary_dim])
+        q, k = qk.split((self.n_head, self.n_kv_group), dim=1)
         if self.qk_scale is not None:
             q = q * self.qk_scale
-        if self.rotary_dim:
-            cos, sin = context.rotations[self.rotary_dim]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         keys, allowed = context.masks[self.window]
@@ -236,7 +237,7 @@ class CausalAttention(ScoredAttention):
     def __init__(self, config: Any, layer_idx: int):
         head_dim = config.n_embd // config.n_head
         super().__init__(config, layer_idx, head_dim, head_dim)
-        self.sizes = (config.n_embd, self.n_kv_group * head_dim, self.n_kv_group * head_dim)
+        self.sizes = (config.n_embd + self.n_kv_group * head_dim, self.n_kv_group * head_dim)
         self.c_attn = build_linear(config, "linear_variant_attn", layer_idx, config.n_embd, sum(self.sizes))
         self.c_proj = build_linear(
             config, "linear_variant_attn_proj", layer_idx, config.n_embd, config.n_embd, residual=True
@@ -244,9 +245,8 @@ class CausalAttention(ScoredAttention):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in self.c_attn(x).split(self.sizes, dim=-1))
-        y, weights = self.attend(q, k, v, context, past_key_values)
+        qk, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.c_attn(x).split(self.sizes, dim=-1))
+        y, weights = self.attend(qk, v.transpose(1, 2), context, past_key_values)
         return self.resid_dropout(self.c_proj(y.reshape(x.shape))), weights
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
@@ -264,7 +264,7 @@ class InfiniteAttention(ScoredAttention):
         head_dim = config.n_qk_head_dim or config.n_embd // config.n_head
         super().__init__(config, layer_idx, head_dim, config.n_v_head_dim or config.n_embd // config.n_head)
         groups = self.n_kv_group
-        self.sizes = (self.n_head * head_dim, groups * head_dim, groups * self.value_dim)
+        self.sizes = ((self.n_head + groups) * head_dim, groups * self.value_dim)
         self.concat_heads = config.use_concat_heads
         out = self.value_dim * (self.n_head if self.concat_heads else 1)
         self.c_attn = build_linear(config, "linear_variant_attn", layer_idx, config.n_embd, sum(self.sizes))
@@ -272,12 +272,9 @@ class InfiniteAttention(ScoredAttention):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
-        batch, tokens, _ = x.shape
-        q, k, v = self.c_attn(x).split(self.sizes, dim=-1)
-        q = q.view(batch, tokens, self.n_head, self.head_dim).transpose(1, 2)
-        k = k.view(batch, tokens, self.n_kv_group, self.head_dim).transpose(1, 2)
-        v = v.view(batch, tokens, self.n_kv_group, self.value_dim).transpose(1, 2)
-        y, weights = self.attend(q, k, v, context, past_key_values)
+        qk, v = self.c_attn(x).split(self.sizes, dim=-1)
+        v = v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+        y, weights = self.attend(qk.unflatten(-1, (-1, self.head_dim)), v, context, past_key_values)
         y = y.flatten(-2) if self.concat_heads else y.sum(-2)
         return self.resid_dropout(self.c_proj(y)), weights
 

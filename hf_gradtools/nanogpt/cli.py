@@ -42,7 +42,12 @@ def _add(name: str, module: str, function: str, text: str) -> None:
     def command(context: typer.Context) -> None:
         quiet_imports()
         with one_line_errors():
-            getattr(import_module(f"hf_gradtools.nanogpt.{module}"), function)(context.args)
+            from huggingface_hub.errors import StrictDataclassError
+
+            try:
+                getattr(import_module(f"hf_gradtools.nanogpt.{module}"), function)(context.args)
+            except StrictDataclassError as error:  # a field of the configuration of the wrong type
+                raise ValueError(str(error)) from error
 
 
 for _name, _entry in COMMANDS.items():

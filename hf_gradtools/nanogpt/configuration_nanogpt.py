@@ -240,6 +240,11 @@ class NanoGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # takes n_layer and the like by their other names: nothing before it
+        # @strict runs these too, and wraps what they raise in an error of its own that is no ValueError.
+        self.validate_numbers()
+        self.validate_variants()
+        self.validate_architecture()
+        self.validate_pairs()
         self.layer_types = [self._layer_type(layer) for layer in range(self.n_layer)]
 
     def of_layer(self, field: str, layer_idx: int) -> Any:

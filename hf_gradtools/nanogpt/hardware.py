@@ -16,7 +16,7 @@ import torch
 
 from .configuration_nanogpt import NanoGPTConfig
 from .costs import KINDS_OF_OPS, Ops
-from .modeling_nanogpt import NanoGPTBlock, NanoGPTForCausalLM
+from .modeling_nanogpt import NanoGPTForCausalLM
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _ops_by_part(model: NanoGPTForCausalLM, tokens: int, pairs_of: Any) -> dict[
     for i, block in enumerate(body.h):
         parts[f"h.{i}.attn"] = block.attn.ops(tokens, pairs_of(getattr(block.attn, "window", None)))
         parts[f"h.{i}.mlp"] = block.mlp.ops(tokens)
-        parts[f"h.{i}.norm"] = _norm_ops(block, tokens)
+        parts[f"h.{i}.norm"] = sum((norm.ops(tokens) for norm in block.norms()), Ops())
         parts[f"h.{i}.residual"] = Ops(add=2 * tokens * config.n_embd)
     parts["ln_f"] = body.ln_f.ops(tokens)
     head = Ops(mac=config.n_embd * config.vocab_size)
@@ -132,11 +132,6 @@ def _ops_by_part(model: NanoGPTForCausalLM, tokens: int, pairs_of: Any) -> dict[
         head += Ops(mul=2 * config.vocab_size, tanh=config.vocab_size)
     parts["lm_head"] = tokens * head
     return parts
-
-
-def _norm_ops(block: NanoGPTBlock, tokens: int) -> Ops:
-    norms = (norm for group in (block.pre_ln, block.peri_ln, block.post_ln) for norm in group)
-    return sum((norm.ops(tokens) for norm in norms), Ops())
 
 
 def compare(reports: Mapping[str, HardwareReport]) -> list[dict[str, Any]]:

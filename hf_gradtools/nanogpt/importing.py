@@ -40,15 +40,7 @@ NANOGPT = {
     "tie_word_embeddings": True,
 }
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-# nanoGPT's name of a weight in a block: ours.
-BLOCK_NAMES = {
-    "ln_1": "pre_ln.0",
-    "attn.c_attn": "attn.c_attn",
-    "attn.c_proj": "attn.c_proj",
-    "ln_2": "pre_ln.1",
-    "mlp.c_fc": "mlp.c_fc",
-    "mlp.c_proj": "mlp.c_proj",
-}
+POSITIONS, OUR_POSITIONS = "transformer.wpe.weight", "transformer.positions.abs_pos.wpe.weight"
 COMPILED = "_orig_mod."  # what torch.compile puts before each name
 
 
@@ -96,7 +88,7 @@ def from_gpt2(cls: type, model: Any, **kwargs: Any) -> Any:
     weights = {}
     for name, value in model.state_dict().items():
         is_conv1d = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-        weights[our_name(name)] = value.t() if is_conv1d else value
+        weights[_our_name(name)] = value.t() if is_conv1d else value
     return _filled(cls, config, weights, model.dtype)
 
 
@@ -122,7 +114,7 @@ def from_nanogpt(cls: type, path: str | os.PathLike[str]) -> Any:
         "use_abs_pos_embeddings": bool(args.get("use_abs_pos_embeddings", not is_rotary)),
     }
     known = {"bias": True, **{name: args[name] for name in MODEL_ARGS if args.get(name) is not None}}
-    weights = {our_name(name.removeprefix(COMPILED)): value for name, value in checkpoint["model"].items()}
+    weights = {_our_name(name.removeprefix(COMPILED)): value for name, value in checkpoint["model"].items()}
     weights = {name: value for name, value in weights.items() if not name.endswith((".attn.bias", ".masked_bias"))}
     config = NanoGPTConfig(**{**NANOGPT, **positions, **known})
     if is_rotary:
@@ -178,8 +170,8 @@ def save_nanogpt(model: Any, path: str | os.PathLike[str]) -> None:
         if getattr(config, name) not in (value if isinstance(value, tuple) else (value,))
     ]:
         raise ValueError(f"nanoGPT has no {', '.join(strangers)}. Only models of its own parts can be exported.")
-    theirs = {our_name(name): name for name in _nanogpt_names(config.n_layer)}
-    weights = {theirs[name]: value.detach().cpu() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    weights[POSITIONS] = weights.pop(OUR_POSITIONS)
     args = {name: getattr(config, name) for name in MODEL_ARGS}
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
@@ -188,24 +180,6 @@ def save_nanogpt(model: Any, path: str | os.PathLike[str]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def our_name(name: str) -> str:
-    """Our name of a weight that nanoGPT, or GPT-2, calls `name`."""
-    if name == "transformer.wpe.weight":
-        return "transformer.positions.abs_pos.wpe.weight"
-    parts = name.split(".")
-    if parts[:2] != ["transformer", "h"]:
-        return name
-    return ".".join([*parts[:3], BLOCK_NAMES.get(".".join(parts[3:-1]), ".".join(parts[3:-1])), parts[-1]])
-
-
-def _nanogpt_names(n_layer: int) -> list[str]:
-    blocks = [
-        f"transformer.h.{i}.{name}.{end}" for i in range(n_layer) for name in BLOCK_NAMES for end in ("weight", "bias")
-    ]
-    ends = [f"transformer.{name}.weight" for name in ("wte", "wpe", "ln_f")]
-    return [*blocks, *ends, "transformer.ln_f.bias", "lm_head.weight"]
 
 
 def half_rotation(weight: Tensor, n_head: int, n_embd: int) -> Tensor:
@@ -218,6 +192,10 @@ def half_rotation(weight: Tensor, n_head: int, n_embd: int) -> Tensor:
     q, k, v = weight.split(n_embd)
     turned = [x.unflatten(0, (n_head, -1, 2)).transpose(1, 2).reshape(x.shape) for x in (q, k)]
     return torch.cat((*turned, v))
+
+
+def _our_name(name: str) -> str:
+    return OUR_POSITIONS if name == POSITIONS else name
 
 
 def _filled(cls: type, config: NanoGPTConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:

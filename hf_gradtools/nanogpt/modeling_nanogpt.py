@@ -38,30 +38,33 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         super().__init__()
         norm = variant("norm", config.of_layer("norm_variant_attn", layer_idx))
 
-        def norms(wanted: bool, number: int = 2) -> nn.ModuleList:
-            return nn.ModuleList(norm(config, config.n_embd) for _ in range(number if wanted else 0))
+        def norm_if(wanted: bool) -> nn.Module | None:
+            return norm(config, config.n_embd) if wanted else None
 
-        self.pre_ln, self.peri_ln = norms(config.use_pre_ln), norms(config.use_peri_ln)
-        self.post_ln = norms(config.use_post_ln, 1 if config.use_parallel_mlp else 2)
+        self.is_parallel = config.use_parallel_mlp
+        self.ln_1, self.ln_2 = norm_if(config.use_pre_ln), norm_if(config.use_pre_ln)
         self.attn = variant("attention", config.of_layer("attention_variant", layer_idx))(config, layer_idx)
         self.mlp = variant("mlp", config.of_layer("mlp_variant", layer_idx))(config, layer_idx)
-        self.is_parallel = config.use_parallel_mlp
+        self.peri_1, self.peri_2 = norm_if(config.use_peri_ln), norm_if(config.use_peri_ln)
+        self.post_1 = norm_if(config.use_post_ln and not self.is_parallel)  # parallel parts are added at once
+        self.post_2 = norm_if(config.use_post_ln)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> Tensor:
-        normed = self.pre_ln[0](x) if self.pre_ln else x
-        mixed, _ = self.attn(normed, context, past_key_values=past_key_values)
-        if self.peri_ln:
-            mixed = self.peri_ln[0](mixed)
+        mixed, _ = self.attn(_through(self.ln_1, x), context, past_key_values=past_key_values)
+        mixed = _through(self.peri_1, mixed)
         if self.is_parallel:
-            fed = self.mlp(self.pre_ln[1](x) if self.pre_ln else x)
-            mixed = mixed + (self.peri_ln[1](fed) if self.peri_ln else fed)
-            return self.post_ln[0](x + mixed) if self.post_ln else x + mixed
-        x = x + mixed
-        if self.post_ln:
-            x = self.post_ln[0](x)
-        fed = self.mlp(self.pre_ln[1](x) if self.pre_ln else x)
-        x = x + (self.peri_ln[1](fed) if self.peri_ln else fed)
-        return self.post_ln[1](x) if self.post_ln else x
+            return _through(self.post_2, x + mixed + _through(self.peri_2, self.mlp(_through(self.ln_2, x))))
+        x = _through(self.post_1, x + mixed)
+        return _through(self.post_2, x + _through(self.peri_2, self.mlp(_through(self.ln_2, x))))
+
+    def norms(self) -> list[nn.Module]:
+        """Those it has."""
+        every = (self.ln_1, self.ln_2, self.peri_1, self.peri_2, self.post_1, self.post_2)
+        return [norm for norm in every if norm is not None]
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
