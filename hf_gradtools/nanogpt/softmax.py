@@ -47,19 +47,18 @@ def normalized_powers(
         off_by_one (`Tensor` or `float`): C.
     """
     exponents = scores * log_base
+    has_constant = isinstance(off_by_one, Tensor) or off_by_one > 0
     shift = torch.zeros_like(exponents[..., :1])
     if subtract_max:
         lowest = torch.finfo(scores.dtype).min
         shift = exponents.masked_fill(~allowed, lowest).amax(-1, keepdim=True).detach()
-        # The constant's own power is 1: including it keeps b^(0 - shift) finite. Also for rows without any key.
-        shift = shift.clamp(min=0.0) if _is_positive(off_by_one) else shift.masked_fill(shift == lowest, 0.0)
+        # The constant is a power of exponent 0: no shift below that, or b^-shift overflows. A row without keys has 0.
+        shift = shift.clamp(min=0.0) if has_constant else shift.masked_fill(shift == lowest, 0.0)
     powers = (exponents - shift).masked_fill(~allowed, 0.0).exp().masked_fill(~allowed, 0.0)
-    total = powers.sum(-1, keepdim=True) + off_by_one * torch.exp(-shift)
+    total = powers.sum(-1, keepdim=True)
+    if has_constant:
+        total = total + off_by_one * torch.exp(-shift)
     return powers / total.masked_fill(total == 0, 1.0)
-
-
-def _is_positive(off_by_one: Tensor | float) -> bool:
-    return isinstance(off_by_one, Tensor) or off_by_one > 0
 
 
 class RowSoftmax(Softmax):
