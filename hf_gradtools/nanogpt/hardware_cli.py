@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import typer
 import yaml
@@ -16,6 +15,7 @@ from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.costs import KINDS_OF_OPS, Ops
 from hf_gradtools.nanogpt.hardware import HardwareReport, compare, hardware_report
 from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
+from hf_gradtools.nanogpt.training.run import ModelFlags, split_flags
 
 
 @dataclass
@@ -40,10 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the report."""
     parser = parser_for(
         HardwareOptions,
-        NanoGPTConfig,
+        ModelFlags,
         prog="hf-gradtools nanogpt hardware",
         description="Counts parameters, operations and state of a configuration, without training it.",
-        skip=_not_flags(),
     )
     given = given_flags(parser, argv)
     options = HardwareOptions(**{f.name: given.pop(f.name) for f in fields(HardwareOptions) if f.name in given})
@@ -62,12 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     typer.echo(comparison_table(reports) if len(reports) > 1 else report_table(*reports.values()))
 
 
-def _not_flags() -> list[str]:
-    """Fields of the configuration that say nothing of the model's parts."""
-    own = set(NanoGPTConfig.__annotations__)
-    return [field.name for field in fields(NanoGPTConfig) if field.name not in own or field.name == "layer_types"]
-
-
 def load_config(name: str) -> NanoGPTConfig:
     """The configuration in a folder, on the Hub, or in a file of flags.
 
@@ -81,8 +74,7 @@ def load_config(name: str) -> NanoGPTConfig:
     flags = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     if not isinstance(flags, Mapping):
         raise ValueError(f"{name} holds {type(flags).__name__}, not a mapping of flags such as 'n_layer: 6'.")
-    known = {field.name for field in fields(NanoGPTConfig)}
-    return NanoGPTConfig(**{flag: value for flag, value in flags.items() if flag in known})
+    return NanoGPTConfig(**split_flags(flags)[1])
 
 
 def report_table(report: HardwareReport) -> str:
@@ -118,11 +110,7 @@ def _with_ratio(value: int, first: int, is_first: bool) -> str:
     return f"{value:,}" if is_first or not first else f"{value:,} ({value / first:.2f}x)"
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *others = (max(len(cell) for cell in column) for column in zip(*rows, strict=True))
+    layout = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    return [layout.format(*row) for row in rows]
