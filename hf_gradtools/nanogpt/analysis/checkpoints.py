@@ -20,6 +20,7 @@ from hf_gradtools.nanogpt.importing import load_checkpoint
 __all__ = ["SORTS", "Checkpoint", "find_checkpoints", "read_checkpoint"]
 
 STATE, FIGURES, NANOGPT = "trainer_state.json", "training.json", "ckpt.pt"
+STEP = re.compile(r"checkpoint-\d+")
 SORTS = ("loss", "path", "iter", "params")
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError)
 
@@ -125,7 +126,8 @@ def _of_nanogpt(path: Path) -> dict[str, Any]:
 
 def _of_folder(folder: Path) -> dict[str, Any]:
     state, figures = _read_json(folder / STATE), _read_json(folder / FIGURES)
-    facts = _of_state(state) if state else _of_figures(figures)
+    is_run = bool(figures) and not STEP.fullmatch(folder.name)
+    facts = _of_figures(figures) if is_run or not state else _of_state(state)
     params, vocabulary = figures.get("num_params"), figures.get("vocab_size")
     facts["params"] = params if params is not None else _count_parameters(folder)
     facts["vocab_size"] = vocabulary if vocabulary is not None else _vocab_size(folder)

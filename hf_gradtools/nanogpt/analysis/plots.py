@@ -111,5 +111,5 @@ def show_cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.5g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

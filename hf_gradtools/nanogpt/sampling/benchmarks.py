@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from hf_gradtools.nanogpt.data.tokenizers import character_ids
 from hf_gradtools.nanogpt.sampling.generation import context_length
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 __all__ = ["evaluate_tasks", "harness_model", "result_rows"]
+
+logger = transformers_logging.get_logger(__name__)
 
 KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 GENERATED_TOKENS = 256  # the harness's own default, where the context has room for it
@@ -58,19 +61,23 @@ def evaluate_tasks(
         ImportError: lm-eval is not installed.
         ValueError: there is no task, or a text cannot be scored.
     """
-    harness = harness_model(model, tokenizer, batch_size, block_size)
+    was_training = model.training
+    harness = harness_model(model, tokenizer, batch_size, block_size)  # which evaluates
     from lm_eval import simple_evaluate
 
     manager = _task_manager(tasks, include_path)
-    with _quiet():
-        found = simple_evaluate(
-            model=harness,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            batch_size=batch_size,
-            log_samples=log_samples,
-        )
+    try:
+        with _quiet():
+            found = simple_evaluate(
+                model=harness,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                batch_size=batch_size,
+                log_samples=log_samples,
+            )
+    finally:
+        model.train(was_training)
     kept = (*KEPT, "samples") if log_samples else KEPT
     return {name: found[name] for name in kept if name in found}
 
@@ -128,6 +135,11 @@ def harness_model(
                         f"a task scores a text of {len(continuation)} tokens; the model takes 1 to {self.max_length}. "
                         "Choose tasks with shorter answers, or a model with a larger block_size."
                     )
+            if cut := sum(len(before) + len(after) > self.max_length + 1 for _, before, after in requests):
+                logger.warning(
+                    f"{cut} of {len(requests)} texts are longer than the {self.max_length} tokens of the model's "
+                    "context; what does not fit is cut off at their beginnings."
+                )
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     tokenizer = copy.deepcopy(tokenizer)

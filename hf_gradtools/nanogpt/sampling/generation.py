@@ -82,7 +82,8 @@ def generate_samples(
 ) -> list[Sample]:
     """Continues a prompt `options.num_samples` times.
 
-    The same options, seed and `batch_size` give the same samples; torch's own random state stays as it is.
+    The same options, seed and `batch_size` give the same samples; torch's own random state and the model's
+    mode stay as they are.
 
     Args:
         model (`PreTrainedModel`): a causal LM.
@@ -98,14 +99,16 @@ def generate_samples(
     """
     limit = context_length(model, options.block_size) if options.crop_context else None
     config = _generation_config(model, tokenizer, options, top_k, keep_logits)
+    was_training = model.training
     model.eval()
     samples: list[Sample] = []
-    with _seeded(options.seed, model.device), torch.inference_mode():
+    with _seeded(options.seed, model.device), torch.no_grad():
         while len(samples) < options.num_samples:
             rows = min(options.batch_size, options.num_samples - len(samples))
             prompt = torch.tensor([list(prompt_ids)] * rows, device=model.device)
             drawn = _generate(model, prompt, config, options.max_new_tokens, limit)
             samples += _split(drawn, prompt_ids, tokenizer, config, options.stop_strings)
+    model.train(was_training)
     return samples
 
 
@@ -121,7 +124,7 @@ class _Drawn:
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, top_k: int, keep: bool
 ) -> GenerationConfig:
-    """Only what the options say: unset fields would be filled from the model's own, top_k=50 among them."""
+    """Says all that the options say, also what is off: an unset field would be filled from the model's own."""
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     first_eos = eos[0] if isinstance(eos, list) else eos
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_eos
@@ -206,7 +209,7 @@ def _eos_ids(config: GenerationConfig) -> list[int]:
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draws inside are of `seed`; the generators outside do not notice."""
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=accelerators, device_type="cuda" if not accelerators else device.type):
+    kept = [device] if device.type in ("cuda", "xpu") else []  # beside the CPU's
+    with torch.random.fork_rng(devices=kept, device_type=device.type if kept else "cuda"):
         torch.manual_seed(seed)
         yield

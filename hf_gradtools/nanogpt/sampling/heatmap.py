@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_gradtools.core.atomic import atomic_write
@@ -112,7 +113,8 @@ def plot_heatmap(heatmap: Heatmap, path: str | os.PathLike[str], title: str) -> 
     """
     path = Path(path)
     written = []
-    for page, first in enumerate(range(0, len(heatmap.steps), STEPS_PER_FIGURE)):
+    firsts = range(0, len(heatmap.steps), STEPS_PER_FIGURE)
+    for page, first in enumerate(tqdm(firsts, desc="Heatmap", leave=False, disable=len(firsts) < 3)):
         target = path if page == 0 else path.with_name(f"{path.stem}_{page}{path.suffix}")
         save_figure(_draw(heatmap, slice(first, first + STEPS_PER_FIGURE), title), target)
         written.append(target)

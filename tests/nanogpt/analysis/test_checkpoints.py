@@ -45,6 +45,7 @@ class Malicious:
 
 def test_runs_of_every_kind_are_sorted_by_validation_loss(tmp_path):
     write_figures(tmp_path / "ours", 1.5, 40)
+    write_state(tmp_path / "ours", 60, {20: 2.0, 40: 1.5, 60: 1.75})  # beside the best model
     write_state(tmp_path / "ours" / "checkpoint-60", 60, {20: 2.0, 40: 1.5, 60: 1.75})
     write_figures(tmp_path / "ours" / "checkpoint-60", 1.5, 40)
     (tmp_path / "old").mkdir()

@@ -56,7 +56,7 @@ def test_statistics_are_printed_drawn_and_written(model, tmp_path, capsys):
     assert all(re.search(rf"<td>{row['name']}</td>", page) for row in rows)
     assert "Statistics of" in page
     assert {"stats.png", "stats_activations.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert f"{expected[0]['stdev']:.4g}" in capsys.readouterr().out
+    assert f"{expected[0]['stdev']:.5g}" in capsys.readouterr().out
 
 
 def test_statistics_of_a_dataset_run_on_its_validation_tokens(tmp_path, capsys):

@@ -49,6 +49,7 @@ def make_model(vocab_size, positions="rotary", block_size=16):
     names = ("rotary", "abs_pos")
     config = NanoGPTConfig(
         vocab_size=vocab_size, block_size=block_size, n_layer=2, n_head=2, n_embd=32, initializer_range=0.3,
+        dropout=0.1,
         **{f"use_{name}_embeddings": name == positions for name in names},
     )  # fmt: skip
     return NanoGPTForCausalLM(config)
@@ -58,15 +59,16 @@ def make_model(vocab_size, positions="rotary", block_size=16):
 def direct_sum(model, context, continuation, block_size=16):
     """log p(continuation | context), token by token, of the last `block_size` tokens before each forward's end."""
     window = (context + continuation)[-(block_size + 1) :]
-    log_shares = model(torch.tensor([window[:-1]])).logits[0].double().log_softmax(-1)
+    log_shares = model.eval()(torch.tensor([window[:-1]])).logits[0].double().log_softmax(-1)
     targets = torch.tensor(window[1:])
     return log_shares[range(len(targets)), targets][-len(continuation) :].sum().item()
 
 
 @pytest.mark.parametrize("positions", ["rotary", "abs_pos"])
-def test_log_likelihoods_equal_direct_sums(tasks, chars, positions):
-    model = make_model(len(chars), positions)
+def test_log_likelihoods_equal_direct_sums(tasks, chars, positions, caplog):
+    model = make_model(len(chars), positions).train()
     results = evaluate_tasks(model, chars, ["tiny_multiple_choice"], tasks, batch_size=3, log_samples=True)
+    assert model.training
     correct = []
     for sample in results["samples"]["tiny_multiple_choice"]:
         sums = []
@@ -78,6 +80,7 @@ def test_log_likelihoods_equal_direct_sums(tasks, chars, positions):
             assert found == pytest.approx(sums[-1], abs=1e-4)
         correct.append(max(range(len(sums)), key=sums.__getitem__) == sample["doc"]["label"])
     assert len(correct) == 4
+    assert "2 of 8 texts are longer than the 16 tokens" in caplog.text
     (row,) = result_rows(results)
     assert (row["task"], row["metric"]) == ("tiny_multiple_choice", "acc")
     assert row["value"] == pytest.approx(sum(correct) / 4)
@@ -94,7 +97,7 @@ def test_rolling_log_likelihood_covers_every_token_once(chars):
 
 
 def test_texts_are_generated_without_special_tokens(tasks, chars):
-    model = make_model(len(chars), block_size=128)
+    model = make_model(len(chars), block_size=128).eval()
     results = evaluate_tasks(model, chars, ["tiny_generate_until"], tasks, log_samples=True)
     for sample in results["samples"]["tiny_generate_until"]:
         prompt = chars(sample["arguments"][0][0] or "\n", return_tensors="pt")["input_ids"]
@@ -109,6 +112,7 @@ def test_the_vocabulary_stays_as_it_is(chars):
     assert harness.max_length == 16
     assert (len(chars), chars.pad_token, len(harness.tokenizer)) == (34, None, 34)
     assert harness.tok_encode("\n[a]\n") == chars("\n[a]\n")["input_ids"]
+    assert harness.tok_decode(chars("\n[a]\n")["input_ids"]) == "\n[a]\n"  # padding is a newline, and not skipped
     assert harness.prefix_token_id == 0
     assert harness_model(model, chars, block_size=8).max_length == 8
 

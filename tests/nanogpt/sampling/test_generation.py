@@ -45,6 +45,7 @@ def test_a_threshold_keeps_what_is_nearly_as_likely_as_the_likeliest(gpt2, chars
 
 
 def test_samples_depend_on_the_seed_alone(gpt2, chars):
+    gpt2.train()  # with dropout
     first = draw(gpt2, chars, seed=1)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
@@ -52,6 +53,9 @@ def test_samples_depend_on_the_seed_alone(gpt2, chars):
     assert [s.ids for s in draw(gpt2, chars, seed=2)] != [s.ids for s in first]
     assert torch.equal(torch.random.get_rng_state(), state)  # which is its caller's
     assert len({tuple(s.ids) for s in first}) == 3
+    assert gpt2.training
+    greedy = draw(gpt2, chars, temperature=0)
+    assert greedy[0].ids == greedy[1].ids
 
 
 def test_batches_do_not_change_how_many_there_are(gpt2, chars):
