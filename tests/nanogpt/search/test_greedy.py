@@ -77,9 +77,7 @@ def quiet_surface(tmp_path):
 
 def test_choices_are_those_of_the_reference(tmp_path):
     log = search(tmp_path, rounds=8)
-    assert chosen(log) == reference(
-        BASELINE, {"n_embd": 4, "n_head": 1, "mlp_size": 8}, 2, 8, quiet_surface(tmp_path)
-    )
+    assert chosen(log) == reference(BASELINE, {"n_embd": 4, "n_head": 1, "mlp_size": 8}, 2, 8, quiet_surface(tmp_path))
     rules = {entry["chosen"]["rule"].split(",")[0] for entry in log["iterations"][1:] if entry["chosen"]}
     assert rules == {"better or as good", "best gain per cost"}  # both were needed
     assert log == yaml.safe_load((tmp_path / "log.yaml").read_text())
