@@ -53,6 +53,7 @@ class TokenMixer(Component):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.dropout = config.dropout
 
     def state_numbers(self, context: int) -> int:
         """Numbers kept in the cache of one sequence of `context` tokens."""
@@ -89,7 +90,6 @@ class ScoredAttention(TokenMixer):
         self.head_dim, self.value_dim = head_dim, value_dim
         self.rotary_dim = head_dim if config.use_rotary_embeddings else 0
         self.window = config.of_layer("window_size", layer_idx)
-        self.dropout = config.dropout
         self.softcap = config.attn_logit_softcapping
         softmax = config.of_layer("softmax_variant_attn", layer_idx)
         self.weighting = variant("softmax", softmax)(config, layer_idx, self.n_head)
@@ -192,8 +192,7 @@ class ScoredAttention(TokenMixer):
         weights = self.weighting(scores, allowed).to(v.dtype)
         if self.use_off_by_one:
             weights = weights[..., 1:]
-        weights = nn.functional.dropout(weights, self.dropout, self.training)
-        return (weights @ v).transpose(1, 2), weights
+        return (self.drop(weights) @ v).transpose(1, 2), weights
 
     def _log_const(self, like: Tensor) -> Tensor:
         if self.log_const is not None:
@@ -242,12 +241,11 @@ class CausalAttention(ScoredAttention):
         self.c_proj = build_linear(
             config, "linear_variant_attn_proj", layer_idx, config.n_embd, config.n_embd, residual=True
         )
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
         qk, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.c_attn(x).split(self.sizes, dim=-1))
         y, weights = self.attend(qk, v.transpose(1, 2), context, past_key_values)
-        return self.resid_dropout(self.c_proj(y.reshape(x.shape))), weights
+        return self.drop(self.c_proj(y.reshape(x.shape))), weights
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         return self.c_attn.ops(tokens) + self.attention_ops(tokens, pairs) + self.c_proj.ops(tokens)
@@ -269,14 +267,13 @@ class InfiniteAttention(ScoredAttention):
         out = self.value_dim * (self.n_head if self.concat_heads else 1)
         self.c_attn = build_linear(config, "linear_variant_attn", layer_idx, config.n_embd, sum(self.sizes))
         self.c_proj = build_linear(config, "linear_variant_attn_proj", layer_idx, out, config.n_embd, residual=True)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
         qk, v = self.c_attn(x).split(self.sizes, dim=-1)
         v = v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
         y, weights = self.attend(qk.unflatten(-1, (-1, self.head_dim)), v, context, past_key_values)
         y = y.flatten(-2) if self.concat_heads else y.sum(-2)
-        return self.resid_dropout(self.c_proj(y)), weights
+        return self.drop(self.c_proj(y)), weights
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         summed = 0 if self.concat_heads else tokens * self.n_head * self.value_dim

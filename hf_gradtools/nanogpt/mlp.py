@@ -21,6 +21,7 @@ class FeedForward(Component):
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
+        self.dropout = config.dropout
         size = config.of_layer("mlp_size", layer_idx)
         self.size = config.mlp_expansion_factor * config.n_embd if size is None else size
 
@@ -42,10 +43,9 @@ class MLP(FeedForward):
         self.c_fc = _up(config, layer_idx, self.size)
         self.act = build_activation(config, layer_idx, default="gelu")
         self.c_proj = _down(config, layer_idx, self.size)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        return self.drop(self.c_proj(self.act(self.c_fc(x))))
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         return self.c_fc.ops(tokens) + self.act.ops(tokens * self.size) + self.c_proj.ops(tokens)
@@ -61,10 +61,9 @@ class SwiGLU(FeedForward):
         self.c_fc = _up(config, layer_idx, self.size)
         self.act = build_activation(config, layer_idx, default="silu")
         self.c_proj = _down(config, layer_idx, self.size)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))
+        return self.drop(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         hidden = tokens * self.size
@@ -137,10 +136,9 @@ class KAN(FeedForward):
         self.layers = nn.Sequential(
             *(KALLayer(config, layer_idx, sizes[i], sizes[i + 1], residual=i == last) for i in range(len(sizes) - 1))
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.layers(x))
+        return self.drop(self.layers(x))
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         return sum(layer.ops(tokens) for layer in self.layers)

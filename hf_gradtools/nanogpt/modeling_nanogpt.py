@@ -91,6 +91,11 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, Component):
             module.init_parameters()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is. `generate` asks at every token, and transformers' own answer walks all parameters."""
+        return self.base_model.wte.weight.device
+
     @contextmanager
     def second_order(self) -> Iterator[None]:
         """Forwards inside the block can be differentiated twice, which fused attention kernels cannot.
@@ -122,7 +127,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 if variant("position", name).place != "scores"  # the layers have those
             }
         )
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.h = nn.ModuleList(NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = variant("norm", config.norm_variant_output)(config, config.n_embd)
         self.block_size = config.block_size
@@ -169,7 +174,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         for position in self.positions.values():
             if position.place == "embedding":
                 x = x + position(context.position_ids)
-        x = self.drop(x)
+        if self.training and self.dropout:
+            x = nn.functional.dropout(x, self.dropout)
         for block in self.h:
             x = block(x, context, past_key_values=past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), past_key_values=past_key_values)

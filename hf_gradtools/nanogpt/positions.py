@@ -79,17 +79,17 @@ class RotaryPositions(Position):
 
 
 def rotary_table(dim: int, length: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines `[2, length, dim]` in float64, of the half-rotation layout."""
+    """Cosines and sines `[2, length, dim]` in float64, of the half-rotation layout; the first half's sines negated."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), theta**-exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos(), angles.sin()))
+    sin = angles.sin()
+    return torch.stack((angles.cos().repeat(1, 2), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns `[B, H, S, D]` by tables of [`RotaryPositions`]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 @register("position", "fire")

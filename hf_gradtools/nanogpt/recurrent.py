@@ -104,7 +104,6 @@ class LinearAttention(TokenMixer):
         self.c_proj = build_linear(
             config, "linear_variant_attn_proj", layer_idx, config.n_embd, config.n_embd, residual=True
         )
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, None]:
         batch, tokens, n_embd = x.shape
@@ -117,7 +116,7 @@ class LinearAttention(TokenMixer):
         y, state = linear_attention(q, k, v, cache.states.get("kv") if cache is not None else None)
         if cache is not None:
             cache.advance(tokens, kv=state)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(batch, tokens, n_embd))), None
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(batch, tokens, n_embd))), None
 
     def state_numbers(self, context: int) -> int:
         return self.n_head * self.head_dim * (self.head_dim + 1)
@@ -160,7 +159,6 @@ class SelectiveStateSpace(TokenMixer):
         self.out_proj = build_linear(
             config, "linear_variant_attn_proj", layer_idx, self.channels, config.n_embd, bias=bias, residual=True
         )
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def init_parameters(self) -> None:
         """A = -1 ... -N; Delta starts between 0.001 and 0.1, evenly in its logarithm over the channels."""
@@ -184,7 +182,7 @@ class SelectiveStateSpace(TokenMixer):
         y, state = self._scan(u, mask, states.get("ssm"))
         if cache is not None:
             cache.advance(tokens, conv=seen[:, seen.shape[1] - self.kernel + 1 :], ssm=state)
-        return self.resid_dropout(self.out_proj(self.out_norm(y * F.silu(z)))), None
+        return self.drop(self.out_proj(self.out_norm(y * F.silu(z)))), None
 
     def _scan(self, u: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """y `[B, S, C]` and the last state `[B, C, N]`, for u `[B, S, C]` after the convolution."""

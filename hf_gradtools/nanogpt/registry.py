@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .costs import Ops
 
@@ -63,6 +63,12 @@ def variant(kind: str, name: str) -> Callable[..., nn.Module]:
 
 class Component(nn.Module):
     """A part of the model: knows how its own parameters begin and how many operations it takes."""
+
+    dropout = 0.0
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout with probability `self.dropout`, of no cost where it does nothing."""
+        return nn.functional.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def init_parameters(self) -> None:
         """Sets the parameters that belong to this module itself, by functions of `transformers.initialization`.
