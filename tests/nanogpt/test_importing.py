@@ -28,7 +28,7 @@ def gpt2(**options):
 
 
 def bare(**options):
-    return perturbed(BareNanoGPT(BareConfig(block_size=12, **SIZES, **options)))
+    return perturbed(BareNanoGPT(BareConfig(block_size=12, **SIZES, **options)).double())
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_a_nanogpt_checkpoint_comes_in_with_its_logits(bias, prefix, tmp_path):
     source, rows = bare(bias=bias), ids(2, 12)
     torch.save(source.checkpoint(prefix), tmp_path / "ckpt.pt")
     ours = NanoGPTForCausalLM.from_nanogpt(tmp_path / "ckpt.pt")
-    torch.testing.assert_close(ours(rows).logits, logits_of_bare(source, rows), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours(rows).logits, logits_of_bare(source, rows), atol=1e-6, rtol=0)
     assert ours.config.bias == bias
     assert ours.lm_head.weight is ours.transformer.wte.weight
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_with_pairs_of_neighbours_rotated_comes_in_with_its_logits(
             checkpoint["model"][name] = torch.cat([q, k, v])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     ours = NanoGPTForCausalLM.from_nanogpt(tmp_path / "ckpt.pt")
-    torch.testing.assert_close(ours(rows).logits, logits_of_bare(source, rows), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours(rows).logits, logits_of_bare(source, rows), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_a_model_goes_out_to_nanogpt_and_comes_back(tmp_path):
     ours.save_nanogpt(path)
     checkpoint = torch.load(path, weights_only=True)
     args = checkpoint["model_args"]
-    again = BareNanoGPT(BareConfig(**args)).eval()
+    again = BareNanoGPT(BareConfig(**args)).double().eval()
     again.load_state_dict(checkpoint["model"])
     assert torch.equal(logits_of_bare(again, rows), logits_of_bare(source, rows))
     assert torch.equal(NanoGPTForCausalLM.from_nanogpt(path)(rows).logits, ours(rows).logits)
