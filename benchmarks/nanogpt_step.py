@@ -4,11 +4,11 @@
 python benchmarks/nanogpt_step.py [--shapes small large] [--positions absolute] [--rounds 12] [--output table.md]
 ```
 
-The bare loop is one function around a hand-written model (`bare_nanogpt.py`). Ours and transformers' GPT-2 train in
-the Trainer, reading their data, logging every tenth step and keeping the schedule as users do; litgpt's model trains
-in the bare loop. Every loop sits in a thread of its own and is let go for a few steps in turn, so that all meet the
-same minutes of the machine and only one runs at a time. What counts is CPU time of the process, and the median over
-the rounds of the ratio to the bare loop in the same round.
+The bare loop is one function around a hand-written model (`bare_nanogpt.py`). Ours trains as `hf-gradtools nanogpt
+train` does, and transformers' GPT-2 in the Trainer as it comes, both reading data, clipping and logging every tenth
+step; litgpt's model trains in the bare loop. Every loop sits in a thread of its own and is let go for a few steps in
+turn, so that all meet the same minutes of the machine and only one runs at a time. What counts is CPU time of the
+process, and the median over the rounds of the ratio to the bare loop in the same round.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ from nanogpt_models import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_gradtools.nanogpt.data import TokenFolder
+from hf_gradtools.nanogpt.training import TrainOptions
+from hf_gradtools.nanogpt.training.trainer import BlockTrainer
+from hf_gradtools.nanogpt.training.workflow import training_arguments
 
 
 BARE = "bare loop"
@@ -112,20 +117,18 @@ class _Ticking(TrainerCallback):
 
 
 class _Rows(Dataset):
-    """Rows at random offsets, with nanoGPT's targets or for a model that shifts its labels itself."""
+    """Rows at random offsets, for a model that shifts its labels itself."""
 
-    def __init__(self, tokens: np.ndarray, block_size: int, shifted: bool):
-        self.tokens, self.block_size, self.shifted = tokens, block_size, shifted
+    def __init__(self, tokens: np.ndarray, block_size: int):
+        self.tokens, self.block_size = tokens, block_size
 
     def __len__(self) -> int:
         return FOREVER
 
     def __getitem__(self, _: int) -> dict[str, Tensor]:
         start = int(torch.randint(len(self.tokens) - self.block_size, ()))
-        row = torch.from_numpy(self.tokens[start : start + self.block_size + 1].astype(np.int64))
-        if self.shifted:
-            return {"input_ids": row[:-1], "shift_labels": row[1:]}
-        return {"input_ids": row[:-1], "labels": row[:-1]}
+        row = torch.from_numpy(self.tokens[start : start + self.block_size].astype(np.int64))
+        return {"input_ids": row, "labels": row}
 
 
 def bare_loop(model: nn.Module, tokens: np.ndarray, shape: Shape, **options: Any) -> Work:
@@ -136,10 +139,26 @@ def bare_loop(model: nn.Module, tokens: np.ndarray, shape: Shape, **options: Any
     return work
 
 
-def plain_trainer(model: nn.Module, tokens: np.ndarray, shape: Shape, folder: Path, shifted: bool = False) -> Work:
-    """Trainer as it comes, with the numbers of the bare loop."""
+def our_trainer(model: nn.Module, data: TokenFolder, shape: Shape, folder: Path) -> Work:
+    """What `hf-gradtools nanogpt train` runs, without evaluations and checkpoints on the way."""
 
-    rows = _Rows(tokens, shape.block_size, shifted)
+    def work(tick: Callable[[], None]) -> None:
+        options = TrainOptions(
+            dataset=str(data.path), out_dir=str(folder), batch_size=shape.batch_size, max_iters=FOREVER,
+            lr_decay_iters=FOREVER, eval_interval=FOREVER, eval_iters=1, never_save_checkpoint=True,
+            log_interval=OPTIONS.log_every_steps, learning_rate=OPTIONS.learning_rate, min_lr=OPTIONS.min_lr,
+            warmup_iters=OPTIONS.warmup_steps, weight_decay=OPTIONS.weight_decay, beta2=0.99,
+            grad_clip=OPTIONS.grad_clip, device="cpu", progress=False,
+        )  # fmt: skip
+        arguments = training_arguments(options)
+        trainer = BlockTrainer(model, arguments, options, data, shape.block_size, echo=lambda line: None)
+        run(trainer, tick)
+
+    return work
+
+
+def plain_trainer(model: nn.Module, tokens: np.ndarray, shape: Shape, folder: Path) -> Work:
+    """Trainer as it comes, with the numbers of the bare loop."""
 
     def work(tick: Callable[[], None]) -> None:
         args = TrainingArguments(
@@ -148,20 +167,28 @@ def plain_trainer(model: nn.Module, tokens: np.ndarray, shape: Shape, folder: Pa
             lr_scheduler_kwargs={"min_lr": OPTIONS.min_lr}, warmup_steps=OPTIONS.warmup_steps, adam_beta2=0.99,
             weight_decay=OPTIONS.weight_decay, max_grad_norm=OPTIONS.grad_clip, save_strategy="no",
             logging_steps=OPTIONS.log_every_steps, disable_tqdm=True,
-            label_names=["shift_labels" if shifted else "labels"],
         )  # fmt: skip
-        trainer = Trainer(model, args, train_dataset=rows, callbacks=[_Ticking(tick)])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        run(Trainer(model, args, train_dataset=_Rows(tokens, shape.block_size)), tick)
 
     return work
 
 
-def loops(shape: Shape, positions: str, tokens: np.ndarray, folder: Path) -> dict[str, Work]:
+def run(trainer: Trainer, tick: Callable[[], None]) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Ticking(tick))
+    trainer.train()
+
+
+def loops(shape: Shape, positions: str, folder: Path) -> dict[str, Work]:
+    for split in ("train", "val"):
+        tokens = np.random.default_rng(0).integers(shape.vocab_size, size=10**6)
+        tokens.astype(np.uint16).tofile(folder / f"{split}.bin")
+    data = TokenFolder(folder, "uint16", shape.vocab_size)
+    tokens = data.tokens("train")
     result = {
         BARE: bare_loop(bare(shape, positions), tokens, shape),
-        "**ours** in Trainer": plain_trainer(ours(shape, positions), tokens, shape, folder, shifted=True),
-        "GPT2LMHeadModel in Trainer": plain_trainer(hf_gpt2(shape), tokens, shape, folder),
+        "**ours** in Trainer": our_trainer(ours(shape, positions), data, shape, folder / "out"),
+        "GPT2LMHeadModel in Trainer": plain_trainer(hf_gpt2(shape), tokens, shape, folder / "out"),
     }
     if has_litgpt():
         result["litgpt's GPT in the bare loop (rotary)"] = bare_loop(litgpt(shape), tokens, shape, loss_of=litgpt_loss)
@@ -170,10 +197,7 @@ def loops(shape: Shape, positions: str, tokens: np.ndarray, folder: Path) -> dic
 
 def measure(shape: Shape, positions: str, rounds: int, steps: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.bin"
-        np.random.default_rng(0).integers(shape.vocab_size, size=10**6).astype(np.uint16).tofile(path)
-        works = loops(shape, positions, np.memmap(path, np.uint16, "r"), Path(folder))
-        steppers = {name: Stepper(work) for name, work in works.items()}
+        steppers = {name: Stepper(work) for name, work in loops(shape, positions, Path(folder)).items()}
         for stepper in steppers.values():
             stepper.advance(2 * OPTIONS.log_every_steps)  # set up, and the optimiser's state made
         seconds: dict[str, list[float]] = {name: [] for name in steppers}
