@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -81,7 +82,7 @@ class TransformersActivation(Activation):
 
     def __init__(self, config: Any = None, layer_idx: int = 0):
         super().__init__()
-        self.function: nn.Module = ACT2FN[self.name]
+        self.function: nn.Module = ACT2FN[self.name].to(torch.get_default_dtype())  # xIELU would be in bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

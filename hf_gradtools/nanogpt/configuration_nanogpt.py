@@ -1,6 +1,6 @@
 """Configuration of a nanoGPT-style model: which variant each of its parts is."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: @strict checks no field whose type is a string.
 
 import math
 from typing import Any, ClassVar
@@ -144,10 +144,10 @@ class NanoGPTConfig(PreTrainedConfig):
     n_head: int = 12
     n_kv_group: int | list[int] | None = None
     n_embd: int = 768
-    dropout: float = 0.0
+    dropout: float | int = 0.0
     bias: bool = False
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -160,12 +160,12 @@ class NanoGPTConfig(PreTrainedConfig):
     window_size: int | list[int | None] | None = None
     use_qk_norm: bool = False
     use_qk_norm_scale: bool = False
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     use_flash_lobo: bool = False
     use_flash_lobo_per_head: bool = False
     use_flash_obo_const: bool = False
-    flash_lobo_log_const: float = 0.0
+    flash_lobo_log_const: float | int = 0.0
     ssm_mamba_expand: int = 2
     ssm_conv_kernel_size: int = 3
     ssm_dt_rank: int = 8
@@ -174,29 +174,29 @@ class NanoGPTConfig(PreTrainedConfig):
 
     softmax_variant_attn: str | list[str] = "softmax"
     softmax_variant_output: str = "softmax"
-    consmax_initial_beta: float = 2.5
-    consmax_initial_gamma: float = 100.0
+    consmax_initial_beta: float | int = 2.5
+    consmax_initial_gamma: float | int = 100.0
     consmax_use_euler_base: bool = True
-    consmax_base: float = 2.0
+    consmax_base: float | int = 2.0
     consmax_v2_clamping: bool = True
-    consmax_v2_clamp_value: float = 80.0
+    consmax_v2_clamp_value: float | int = 80.0
     softermax_use_xmax: bool = True
-    strongermax_strength: float = math.e
+    strongermax_strength: float | int = math.e
     strongermax_use_xmax: bool = True
     strongermax_div_by_sum_of_terms: bool = True
-    strongermax_divisor: float = 1.0
-    strongermax_obo: float = 0.0
+    strongermax_divisor: float | int = 1.0
+    strongermax_obo: float | int = 0.0
     strongermax_use_learned_obo: bool = False
     strongermax_use_learned_obo_per_head: bool = False
-    sigmoidmax_divisor: float = 256.0
-    relumax_divisor: float = 256.0
-    relu2max_divisor: float = 256.0
-    softplus_divisor: float = 256.0
-    squareplus_divisor: float = 256.0
-    polymax_x_intercept: float = -100.0
-    polymax_y_intercept: float = 1.0
-    polymax_power: float = 2.0
-    polymax_divisor: float = 1000.0
+    sigmoidmax_divisor: float | int = 256.0
+    relumax_divisor: float | int = 256.0
+    relu2max_divisor: float | int = 256.0
+    softplus_divisor: float | int = 256.0
+    squareplus_divisor: float | int = 256.0
+    polymax_x_intercept: float | int = -100.0
+    polymax_y_intercept: float | int = 1.0
+    polymax_power: float | int = 2.0
+    polymax_divisor: float | int = 1000.0
 
     mlp_variant: str | list[str] = "mlp"
     mlp_expansion_factor: int = 4
@@ -208,24 +208,24 @@ class NanoGPTConfig(PreTrainedConfig):
 
     norm_variant_attn: str | list[str] = "rmsnorm"
     norm_variant_output: str = "rmsnorm"
-    norm_eps: float = 1e-5
+    norm_eps: float | int = 1e-5
     use_pre_ln: bool = True
     use_peri_ln: bool = False
     use_post_ln: bool = False
     use_parallel_mlp: bool = False
-    prmsnorm_pct: float = 0.0625
-    hsnorm_radius: float | None = None
+    prmsnorm_pct: float | int = 0.0625
+    hsnorm_radius: float | int | None = None
     hsnorm_gain: bool = False
-    dact_alpha_init: float = 1.0
+    dact_alpha_init: float | int = 1.0
     dact_use_gamma: bool = True
     dact_use_beta: bool = True
 
     use_rotary_embeddings: bool = True
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     use_fire_embeddings: bool = False
-    fire_log_bias: float = 1.0
-    fire_init_c: float = 0.1
-    fire_init_L: float = 512.0
+    fire_log_bias: float | int = 1.0
+    fire_init_c: float | int = 0.1
+    fire_init_L: float | int = 512.0
     fire_mlp_width: int = 32
     use_abs_pos_embeddings: bool = False
 
@@ -240,6 +240,8 @@ class NanoGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # takes n_layer and the like by their other names: nothing before it
+        for name in set(self.attribute_map.values()):
+            setattr(self, name, getattr(self, name))  # checks the type of what came by another name
         # @strict runs these too, and wraps what they raise in an error of its own that is no ValueError.
         self.validate_numbers()
         self.validate_variants()

@@ -3,8 +3,6 @@
 Shapes: B batch, S tokens of this forward, K keys with those of the cache, E `n_embd`, W vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +68,7 @@ def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
 class NanoGPTPreTrainedModel(PreTrainedModel):
     """What both models share: names, initial weights, the switch to second derivatives."""
 
-    config: NanoGPTConfig
-    config_class = NanoGPTConfig  # the annotation above is a string, from which transformers cannot take it
+    config: NanoGPTConfig  # transformers takes the class from here: no annotations as strings in this file
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     _no_split_modules = ["NanoGPTBlock"]
@@ -360,14 +357,14 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     @classmethod
-    def from_gpt2(cls, model: Any, **kwargs: Any) -> NanoGPTForCausalLM:
+    def from_gpt2(cls, model: Any, **kwargs: Any) -> "NanoGPTForCausalLM":
         """A GPT-2 of transformers as a nanoGPT, with equal logits; see [`importing.from_gpt2`]."""
         from .importing import from_gpt2
 
         return from_gpt2(cls, model, **kwargs)
 
     @classmethod
-    def from_nanogpt(cls, path: Any, **kwargs: Any) -> NanoGPTForCausalLM:
+    def from_nanogpt(cls, path: Any, **kwargs: Any) -> "NanoGPTForCausalLM":
         """The model of a nanoGPT `ckpt.pt`, with equal logits; see [`importing.from_nanogpt`]."""
         from .importing import from_nanogpt
 
