@@ -34,6 +34,7 @@ class SweepArguments:
         dry_run: list the runs, and run none.
         workers: runs at the same time on this machine; the same command on other machines that share output_dir adds
             theirs.
+        gpus: each of several workers sees one of these, in turn; default those that CUDA_VISIBLE_DEVICES lists.
         spawn_subprocess: each run in a process of its own, so that a crash is its failure alone.
         retry_failed: run again what has failed.
         retry_stale: take over at once what workers of other machines hold, instead of after stale_seconds.
@@ -51,6 +52,7 @@ class SweepArguments:
     expand_named_groups_in_names: bool = _in("Exploration", False)
     dry_run: bool = _in("Exploration", False)
     workers: int = _in("Running", 1)
+    gpus: list[str] = _in("Running", [])
     spawn_subprocess: bool = _in("Running", True)
     retry_failed: bool = _in("Running", False)
     retry_stale: bool = _in("Running", False)
@@ -83,6 +85,7 @@ class SearchArguments:
         output_dir: folder of the runs; default results_file without its ending.
         workers: runs at the same time on this machine; the same command on other machines that share output_dir adds
             theirs.
+        gpus: each of several workers sees one of these, in turn; default those that CUDA_VISIBLE_DEVICES lists.
         spawn_subprocess: each run in a process of its own, so that a crash is a failed candidate.
         retry_failed: run again what has failed.
         stale_seconds: a worker of another machine that is silent for so long is dead.
@@ -106,6 +109,7 @@ class SearchArguments:
     plot: str | None = _in("Results")
     output_dir: str | None = _in("Results")
     workers: int = _in("Running", 1)
+    gpus: list[str] = _in("Running", [])
     spawn_subprocess: bool = _in("Running", True)
     retry_failed: bool = _in("Running", False)
     stale_seconds: float = _in("Running", STALE_SECONDS)

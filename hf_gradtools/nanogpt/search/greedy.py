@@ -7,6 +7,7 @@ runs only what is missing: the rest of the round that was interrupted.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -226,6 +227,7 @@ class _Record:
         }
         log = json.loads(json.dumps(log))  # a copy: no anchors in the YAML where two rounds share a configuration
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.path) as file:
+        # Of its own name: other machines that take part write the same file.
+        with atomic_write(self.path, tmp_suffix=f".{uuid.uuid4().hex}.tmp") as file:
             file.write(as_yaml(log).encode())
         return log

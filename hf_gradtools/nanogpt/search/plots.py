@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def plot_search(log: Mapping[str, Any] | str | Path, path: str | Path | None = N
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        with atomic_write(path, tmp_suffix=f".{uuid.uuid4().hex}.tmp") as file:
             figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=150)
     return figure
 

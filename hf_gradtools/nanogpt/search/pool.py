@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ __all__ = ["Pool"]
 logger = logging.get_logger(__name__)
 
 RUNS = "runs"
-POLL_SECONDS = 0.2  # between looks at a queue in which others are at work
+FIRST_POLL_SECONDS, POLL_SECONDS = 0.05, 1.0  # between looks at a queue in which others are at work
+SUPERVISE_SECONDS = 0.2
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 RESTARTS = 5  # of workers that die, for every one that was asked for
 
 
@@ -36,6 +40,8 @@ class Pool:
         folder (`Path`): of the journal and of the runs; any number of pools, on any machines that share the folder,
             work together.
         workers (`int`, defaults to 1): runs at the same time.
+        gpus (`tuple[str, ...]`): each of several workers sees one of them, in turn; default those that
+            CUDA_VISIBLE_DEVICES lists.
         preload (`tuple[str, ...]`): modules that the processes of runs begin with.
         in_process (`bool`, defaults to `False`): a run shares its worker's process; with several workers, or to
             survive crashes, it has its own.
@@ -45,12 +51,14 @@ class Pool:
         progress (`bool`, defaults to `False`): shows a bar.
 
     Raises:
-        ValueError: `workers` is below 1, or several share a storage that hands one run to two of them.
+        ValueError: `workers` is below 1, `run` cannot be imported by another process, or several workers share a
+            storage that hands one run to two of them.
     """
 
     run: RunFn
     folder: Path
     workers: int = 1
+    gpus: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     in_process: bool = False
     storage: Any = None
@@ -61,6 +69,8 @@ class Pool:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1.")
+        if self.workers > 1 or not self.in_process:
+            _check_importable(self.run)
         if self.workers > 1 and self.storage is not None and not _shared(self.storage):
             raise ValueError(
                 f"storage={self.storage!r} cannot serve workers={self.workers}: SQLite hands one run to two workers, "
@@ -89,7 +99,7 @@ class Pool:
         queue = self.queue()
         queue.reap(only_here=retry_stale)
         queue.enqueue(runs, retry_failed=retry_failed)
-        with tqdm(total=len(runs), disable=not self.progress, unit="run") as bar:
+        with tqdm(total=len({run.key for run in runs}), disable=not self.progress, unit="run") as bar:
             if self.workers == 1:
                 self._work(queue, runs, group, bar)
             else:
@@ -100,14 +110,17 @@ class Pool:
     def _work(self, queue: RunQueue, runs: Sequence[Run], group: str | None, bar: Any = None) -> None:
         """Takes runs until all are settled, those of dead workers among them."""
         keys = {run.key for run in runs}
+        pause = FIRST_POLL_SECONDS
         with Worker(self.folder) as worker:
             while not _settled(queue, keys, bar):
                 queue.reap()
                 queue.enqueue(runs)
                 if (attempt := queue.take(worker, keys, group, in_process=self.in_process)) is None:
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(pause)
+                    pause = min(2 * pause, POLL_SECONDS)
                 else:
                     self._make(attempt, queue)
+                    pause = FIRST_POLL_SECONDS
 
     def _make(self, attempt: Attempt, queue: RunQueue) -> None:
         try:
@@ -132,8 +145,8 @@ class Pool:
         restarts = self.workers * RESTARTS
         keys = {run.key for run in runs}
         try:
-            for _ in range(min(self.workers, len(runs))):
-                processes.append(_start(context, self, runs, group))
+            for index in range(min(self.workers, len(runs))):
+                processes.append(_start(context, self, runs, group, index))
             while not _settled(queue, keys, bar):
                 for index, process in enumerate(processes):
                     if process.exitcode is not None and process.exitcode > 0:
@@ -144,8 +157,8 @@ class Pool:
                         restarts -= 1
                         if restarts < 0:
                             raise RuntimeError(f"{self.workers * RESTARTS + 1} workers were killed. Start it again.")
-                        processes[index] = _start(context, self, runs, group)
-                time.sleep(POLL_SECONDS)
+                        processes[index] = _start(context, self, runs, group, index)
+                time.sleep(SUPERVISE_SECONDS)
             for process in processes:
                 process.join()
         finally:
@@ -154,15 +167,21 @@ class Pool:
                 process.join()
 
 
-def _start(context: Any, pool: Pool, runs: Sequence[Run], group: str | None) -> Any:
-    process = context.Process(target=_worker, args=(pool, runs, group))
+def _start(context: Any, pool: Pool, runs: Sequence[Run], group: str | None, index: int) -> Any:
+    process = context.Process(target=_worker, args=(pool, runs, group, index))
     process.start()
     return process
 
 
-def _worker(pool: Pool, runs: Sequence[Run], group: str | None) -> None:
+def _worker(pool: Pool, runs: Sequence[Run], group: str | None, index: int) -> None:
     die_with_parent()
+    if gpus := pool.gpus or _visible_gpus():
+        os.environ[VISIBLE] = gpus[index % len(gpus)]
     pool._work(pool.queue(), runs, group)
+
+
+def _visible_gpus() -> tuple[str, ...]:
+    return tuple(gpu for gpu in os.environ.get(VISIBLE, "").split(",") if gpu)
 
 
 def _settled(queue: RunQueue, keys: set[str], bar: Any = None) -> bool:
@@ -171,6 +190,17 @@ def _settled(queue: RunQueue, keys: set[str], bar: Any = None) -> bool:
     if bar is not None and settled != bar.n:
         bar.update(settled - bar.n)
     return settled == len(keys)
+
+
+def _check_importable(run: RunFn) -> None:
+    """ValueError if another process could not find a function."""
+    try:
+        pickle.dumps(run)  # of a function that is its name, which multiprocessing sends
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"run={run!r} cannot be imported by another process ({error}). Define it at the top of a module, or pass "
+            "in_process=True with workers=1."
+        ) from error
 
 
 def _shared(storage: Any) -> bool:

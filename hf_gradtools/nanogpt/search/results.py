@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import uuid
@@ -62,11 +63,19 @@ def result_documents(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
 def write_results(queue: RunQueue) -> None:
     """Writes `results.yaml` into the folder of a queue, whole or not at all, with all that is settled by then."""
-    documents: list[dict[str, Any]] | None = None
-    # Another worker may have written an older state over ours between these two looks: then it looks again itself.
-    while documents != (documents := result_documents(queue.outcomes().values())):
+    written: list[str] | None = None
+    while (documents := [json.dumps(each) for each in result_documents(queue.outcomes().values())]) != written:
         with atomic_write(queue.folder / RESULTS, tmp_suffix=f".{uuid.uuid4().hex}.tmp") as file:
-            file.write("".join(as_yaml(document, explicit_start=True) for document in documents).encode())
+            file.write("".join(map(_as_yaml, documents)).encode())
+        written = (
+            documents  # another worker may have put an older state in its place: it looks again, as this one does
+        )
+
+
+@functools.lru_cache(maxsize=100_000)
+def _as_yaml(document: str) -> str:
+    """A settled run never changes, and PyYAML needs milliseconds for each."""
+    return as_yaml(json.loads(document), explicit_start=True)
 
 
 def results_table(folder: str | Path, storage: Any = None) -> Dataset:

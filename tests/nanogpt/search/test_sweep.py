@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from hf_gradtools.nanogpt.search import storage
+from hf_gradtools.nanogpt.search.execute import attempt_folder
 from hf_gradtools.nanogpt.search.exploration import Run
 from hf_gradtools.nanogpt.search.liveness import Worker
 from hf_gradtools.nanogpt.search.results import METRICS, results_table
 from hf_gradtools.nanogpt.search.run_queue import RunQueue
 from hf_gradtools.nanogpt.search.sweep import run_sweep
 from tests.nanogpt.search.killed_sweep import configs
-from tests.nanogpt.search.stub_runs import note, notes, stub, troubled
+from tests.nanogpt.search.stub_runs import gpus, note, notes, stub, troubled
 
 
 ROOT = Path(__file__).parents[3]
@@ -41,13 +42,18 @@ def wait_for(condition, seconds=60):
 
 
 def assert_none_lost_none_doubled(folder, runs):
-    ends = [line for line in notes(folder) if line.startswith("end")]
-    assert sorted(ends) == sorted(f"end {x}" for x in range(1, runs + 1))
-    attempts = RunQueue(folder).attempts().values()
-    assert [[attempt.status == "complete" for attempt in each].count(True) for each in attempts] == [1] * runs
-    assert all(each[-1].status == "complete" for each in attempts)
-    for each in attempts:  # no attempt was made twice
-        assert notes(folder).count(f"start {each[0].run.config['x']}") <= len(each)
+    attempts = RunQueue(folder).attempts()
+    assert len(attempts) == runs
+    for each in attempts.values():
+        assert [attempt.status for attempt in each] == ["lost"] * (len(each) - 1) + ["complete"]
+        done = [
+            number
+            for number in range(len(each))
+            if (attempt_folder(folder / "runs", each[0].run, number) / "metrics.json").exists()
+        ]
+        assert len(done) == 1  # nothing ran again once its result was written
+        x = each[0].run.config["x"]
+        assert 1 <= notes(folder).count(f"end {x}") <= notes(folder).count(f"start {x}") <= len(each)
     documents = list(yaml.safe_load_all((folder / "results.yaml").read_text()))
     assert sorted(document["config"]["x"] for document in documents) == list(range(1, runs + 1))
 
@@ -69,6 +75,17 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
     os.kill(signed()[0]["pid"], signal.SIGKILL)
     assert process.wait(60) == 0
     assert_none_lost_none_doubled(tmp_path, 3)
+
+
+def test_two_commands_that_share_a_folder_share_its_runs(tmp_path):
+    first, second = start(tmp_path, 1, 6, 0.3), start(tmp_path, 1, 6, 0.3)
+    assert [first.wait(60), second.wait(60)] == [0, 0]
+    assert_none_lost_none_doubled(tmp_path, 6)
+
+
+def test_workers_see_a_gpu_each_in_turn(tmp_path):
+    run_sweep([{"x": 1}, {"x": 2}], tmp_path, gpus, workers=2, gpus=("0", "3"), in_process=True)
+    assert sorted(notes(tmp_path)) == ["0", "3"]
 
 
 def test_a_run_dies_with_its_killed_worker(tmp_path):
@@ -268,5 +285,7 @@ def test_a_storage_that_hands_one_run_to_two_workers_is_refused(tmp_path):
         run_sweep([{"x": 1}], tmp_path, stub, workers=2, storage=f"sqlite:///{tmp_path}/runs.db")
     with pytest.raises(ValueError, match="workers=0"):
         run_sweep([{"x": 1}], tmp_path, stub, workers=0)
+    with pytest.raises(ValueError, match="cannot be imported by another process"):
+        run_sweep([{"x": 1}], tmp_path, lambda flags, folder: {"best_val_loss": 1.0})
     with pytest.raises(ValueError, match="runs is empty"):
         run_sweep([], tmp_path, stub)
