@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 
 _LAZY = {
+    "Component": "hf_gradtools.nanogpt.components",
     "HardwareReport": "hf_gradtools.nanogpt.hardware",
     "NanoGPTConfig": "hf_gradtools.nanogpt.configuration_nanogpt",
     "NanoGPTForCausalLM": "hf_gradtools.nanogpt.modeling_nanogpt",
@@ -20,6 +21,7 @@ _LAZY = {
 
 __all__ = [
     "VARIANTS",
+    "Component",
     "HardwareReport",
     "NanoGPTConfig",
     "NanoGPTForCausalLM",
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_gradtools.nanogpt.components import VARIANTS, register
+    from hf_gradtools.nanogpt.components import VARIANTS, Component, register
     from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
     from hf_gradtools.nanogpt.data import TokenFolder
     from hf_gradtools.nanogpt.hardware import HardwareReport, hardware_report

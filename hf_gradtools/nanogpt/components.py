@@ -7,13 +7,14 @@ from .mlp import FeedForward
 from .norms import Norm
 from .positions import Position
 from .recurrent import SelectiveStateSpace
-from .registry import VARIANTS, register
+from .registry import VARIANTS, Component, register
 from .softmax import Softmax
 
 
 __all__ = [
     "VARIANTS",
     "Activation",
+    "Component",
     "FeedForward",
     "Linear",
     "Norm",
