@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,17 @@ def finished(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
+@cache
+def _whole(row: str, fields: str) -> str:
+    if row in BARE:
+        return fields
+    return NanoGPTConfig(**{**SHAPE.sizes(), **json.loads(fields)}).to_json_string(use_diff=False)
+
+
 def key(record: dict[str, Any]) -> str:
     """Rows of several axes that are the same model are run once."""
-    name = record["row"] if record["row"] in BARE else ""
-    return json.dumps([name, record["fields"], record["seed"], record["steps"]], sort_keys=True)
+    row = record["row"] if record["row"] in BARE else ""
+    return json.dumps([row, _whole(row, json.dumps(record["fields"])), record["seed"], record["steps"]])
 
 
 def table(records: list[dict[str, Any]], steps: int, chosen: list[str]) -> str:
