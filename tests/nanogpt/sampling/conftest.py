@@ -4,6 +4,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_gradtools.nanogpt.data import byte_tokenizer
+
 
 ALPHABET = "\n []/$abcdefghijklmnopqrstuvwxyz€."
 
@@ -25,6 +27,12 @@ def byte_level():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture
+def our_bytes():
+    """The byte tokenizer that datasets are prepared with."""
+    return byte_tokenizer()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ def texts(tokenizer, ids):
     return [segment.text for segment in segment_tokens(tokenizer, ids)]
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("kind", ["byte_level", "our_bytes", "byte_fallback"])
 def test_bytes_of_a_character_stay_together(kind, request):
     tokenizer = request.getfixturevalue(kind)
     ids = list(TEXT.encode())
@@ -20,7 +20,7 @@ def test_bytes_of_a_character_stay_together(kind, request):
     assert [token for segment in segment_tokens(tokenizer, ids) for token in segment.tokens] == list(range(len(ids)))
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("kind", ["byte_level", "our_bytes", "byte_fallback"])
 def test_any_bytes_join_to_what_they_decode_to(kind, request):
     tokenizer = request.getfixturevalue(kind)
     draw = random.Random(0)
