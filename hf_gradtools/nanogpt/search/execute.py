@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -18,15 +19,15 @@ from typing import Any
 
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.nanogpt.search.exploration import Run
-from hf_gradtools.nanogpt.search.run_queue import OBJECTIVE, Attempt
+from hf_gradtools.nanogpt.search.run_queue import LOST, OBJECTIVE, Attempt
 
 
-__all__ = ["RunFn", "attempt_folder", "die_with_parent", "execute"]
+__all__ = ["RunFn", "attempt_folder", "die_with_parent", "earlier_folders", "execute"]
 
 RunFn = Callable[[dict[str, Any], Path], Mapping[str, float]]
 """Runs a configuration, writing into the folder it is given; returns at least `best_val_loss`."""
 
-METRICS, ERROR, LOG = "metrics.json", "error.json", "run.log"
+METRICS, ERROR, LOG, EARLIER = "metrics.json", "error.json", "run.log", "earlier.json"
 TRACEBACK_LINES, LOG_LINES = 25, 15
 MOST_DEATHS = 3
 NAME_LENGTH = 80  # of a folder
@@ -65,10 +66,28 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     for record in (METRICS, ERROR, LOG):  # of a journal that was deleted
         (folder / record).unlink(missing_ok=True)
+    write_json_atomically(
+        folder / EARLIER, [attempt_folder(root, attempt.run, number).name for number in _lost(attempt)]
+    )
     flags = attempt.run.flags()
     if in_process:
         return _guarded(run, flags, folder, attempt.run), folder
     return _isolated(run, flags, folder, attempt.run, preload), folder
+
+
+def earlier_folders(folder: Path) -> list[Path]:
+    """The folders of the attempts that ended with their workers since the run last failed, the latest first.
+
+    Args:
+        folder (`Path`): that a run is given; it may take up there what they left.
+    """
+    path = folder / EARLIER
+    return [folder.with_name(name) for name in json.loads(path.read_text())] if path.exists() else []
+
+
+def _lost(attempt: Attempt) -> list[int]:
+    lost = itertools.takewhile(lambda earlier: earlier.status == LOST, reversed(attempt.earlier))
+    return [earlier.attempt for earlier in lost]
 
 
 def die_with_parent() -> None:
@@ -105,7 +124,7 @@ def _checked(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 
 
 def _isolated(run: RunFn, flags: dict[str, Any], folder: Path, named: Run, preload: Sequence[str]) -> dict[str, Any]:
-    process = _context([__name__, run.__module__, *preload]).Process(target=_child, args=(run, flags, folder, named))
+    process = _context([__name__, *preload]).Process(target=_child, args=(run, flags, folder, named))
     process.start()
     try:
         process.join()
@@ -122,7 +141,7 @@ def _isolated(run: RunFn, flags: dict[str, Any], folder: Path, named: Run, prelo
 
 def _context(preload: list[str]) -> Any:
     """Processes that begin with modules imported, but without the CUDA and the threads of this one."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":  # elsewhere system libraries do not outlive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)

@@ -42,7 +42,7 @@ class Pool:
         workers (`int`, defaults to 1): runs at the same time.
         gpus (`tuple[str, ...]`): each of several workers sees one of them, in turn; default those that
             CUDA_VISIBLE_DEVICES lists.
-        preload (`tuple[str, ...]`): modules that the processes of runs begin with.
+        preload (`tuple[str, ...]`): modules that the processes of runs begin with. None of them may start CUDA.
         in_process (`bool`, defaults to `False`): a run shares its worker's process; with several workers, or to
             survive crashes, it has its own.
         storage (`str` or `optuna.storages.BaseStorage`, *optional*): instead of the journal.

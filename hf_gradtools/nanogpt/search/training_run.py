@@ -5,10 +5,16 @@ Workers import this module, and leave torch to the processes of their runs.
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Iterable, Mapping
 from inspect import get_annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+from transformers.utils import logging
+
+from hf_gradtools.nanogpt.search.execute import earlier_folders
 
 
 if TYPE_CHECKING:
@@ -17,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["PRELOAD", "check_flags", "layer_lists", "report_of_flags", "train_run"]
 
+logger = logging.get_logger(__name__)
+
 PRELOAD = ("hf_gradtools.nanogpt.search.preload",)
-OUT_DIR = "out_dir"
+OUT_DIR, RUN = "out_dir", "run.json"
 
 
 def train_run(flags: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Trains, and returns what `results.yaml` has of it.
+    """Trains, and returns what `results.yaml` has of it; goes on from the last checkpoint of a run that was killed.
 
     Args:
         flags (`dict[str, Any]`): as [`~hf_gradtools.nanogpt.training.run_flags`] takes them.
@@ -30,7 +38,34 @@ def train_run(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     """
     from hf_gradtools.nanogpt.training import run_flags
 
-    return metrics_of(run_flags({"progress": False, **flags, OUT_DIR: str(folder)}))
+    flags = {"progress": False, **flags, OUT_DIR: str(folder)}
+    try:
+        taken_up = _take_up(earlier_folders(folder), folder)
+    except OSError as error:  # the killed attempt was on another machine, and is not quite dead
+        logger.warning(f"{folder}: trained from the start, since what was left of it cannot be read: {error}")
+        taken_up, flags["overwrite_out_dir"] = False, True
+    if taken_up:
+        result = run_flags({**flags, "init_from": "resume"})
+        if result.iter_latency_ms is not None:
+            return metrics_of(result)
+        # Only its record was missing. But it has to be timed.
+        flags["overwrite_out_dir"] = True
+    return metrics_of(run_flags(flags))
+
+
+def _take_up(earlier: Iterable[Path], folder: Path) -> bool:
+    """Copies the checkpoints of a killed attempt; its own stay, for its process may still write."""
+    from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
+
+    for killed in earlier:
+        checkpoints = list_checkpoints(killed)
+        if checkpoints and (killed / RUN).exists():
+            shutil.copy2(killed / RUN, folder / RUN)
+            for checkpoint in checkpoints:  # the earliest first: what a kill leaves is a run that has come less far
+                copy = functools.partial(shutil.copytree, checkpoint, dirs_exist_ok=True)
+                write_folder(folder / checkpoint.name, copy)
+            return last_checkpoint(folder) is not None
+    return False
 
 
 def metrics_of(result: TrainResult) -> dict[str, float]:

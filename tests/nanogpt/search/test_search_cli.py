@@ -13,7 +13,8 @@ from hf_gradtools.nanogpt.search.cli import hyperparam_search_main, run_experime
 from hf_gradtools.nanogpt.search.exploration import read_exploration
 from hf_gradtools.nanogpt.search.reading import read_documents
 from hf_gradtools.nanogpt.search.results import results_table
-from hf_gradtools.nanogpt.search.training_run import check_flags, layer_lists, report_of_flags
+from hf_gradtools.nanogpt.search.training_run import check_flags, layer_lists, report_of_flags, train_run
+from hf_gradtools.nanogpt.training import run, run_flags
 
 
 TINY = {
@@ -77,6 +78,21 @@ def test_a_search_over_trainings_by_a_cost_of_the_hardware(tmp_path, capsys):
     assert "score" in capsys.readouterr().out
 
 
+def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(tmp_path, monkeypatch):
+    flags = {**TINY, "eval_interval": 2, "lr_decay_iters": 6, "never_save_checkpoint": False}
+    folders = {name: tmp_path / name for name in ("killed", "killed-retry1", "whole")}
+    train_run({**flags, "max_iters": 4}, folders["killed"])
+    folders["killed-retry1"].mkdir()
+    (folders["killed-retry1"] / "earlier.json").write_text('["killed"]')
+    began = []
+    monkeypatch.setattr(run, "run_flags", lambda flags: began.append(flags.get("init_from")) or run_flags(flags))
+    resumed, whole = (train_run({**flags, "max_iters": 6}, folders[name]) for name in ("killed-retry1", "whole"))
+    assert began == ["resume", None]
+    timed = {"iter_latency_avg", "peak_gpu_mb"}
+    assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+    assert resumed["iters"] == 6
+
+
 def test_the_hardware_report_of_flags_is_that_of_the_model():
     config = NanoGPTConfig(
         vocab_size=TokenFolder("shakespeare_char").vocab_size, n_layer=1, n_head=2, n_embd=16, block_size=16
@@ -95,9 +111,9 @@ def test_lists_of_layers_are_told_from_other_flags():
 @pytest.mark.parametrize("name", sorted(path.name for path in EXPLORATIONS.iterdir()))
 def test_the_explorations_of_the_examples_describe_models(name):
     runs = read_exploration(EXPLORATIONS / name)
-    for run in runs:
-        check_flags(run.config)
-        report_of_flags(run.config)
+    for each in runs:
+        check_flags(each.config)
+        report_of_flags(each.config)
     assert len(runs) == (1 if name == "baseline.yaml" else 6)
 
 
@@ -149,4 +165,10 @@ def test_supervising_imports_neither_torch_nor_optuna_until_it_starts():
     rooms = ", ".join(f"hf_gradtools.nanogpt.search.{room}" for room in ("cli", "sweep", "greedy", "plots"))
     heavy = "{'torch', 'optuna', 'matplotlib', 'datasets'} & set(sys.modules)"
     code = f"import sys, {rooms}; sys.exit(' '.join({heavy}) or None)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
+def test_processes_are_not_forked_from_one_that_may_have_started_cuda():
+    code = "import sys, torch; torch.cuda.device_count = lambda: 1; import hf_gradtools.nanogpt.search.preload;"
+    code += "sys.exit(' '.join({'transformers.trainer', 'bitsandbytes'} & set(sys.modules)) or None)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hf_gradtools.nanogpt.search import storage
-from hf_gradtools.nanogpt.search.execute import attempt_folder
+from hf_gradtools.nanogpt.search.execute import attempt_folder, earlier_folders
 from hf_gradtools.nanogpt.search.exploration import Run
 from hf_gradtools.nanogpt.search.liveness import Worker
 from hf_gradtools.nanogpt.search.results import METRICS, results_table
@@ -208,6 +208,7 @@ def test_a_worker_given_up_for_dead_cannot_record_what_now_runs_elsewhere(tmp_pa
     assert (outcome.metrics["best_val_loss"], outcome.attempt) == (1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:The value of .grace_period.")
 def test_a_record_torn_by_a_kill_and_the_lock_it_left_do_not_stop_a_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "LOCK_SECONDS", 1)
     run_sweep(configs(1, 0), tmp_path, stub, in_process=True)
@@ -242,8 +243,8 @@ def test_a_result_that_a_dead_worker_could_not_record_is_taken_up(tmp_path):
 
 
 def interrupted(flags, folder):
-    if not notes(folder.parent.parent):
-        note(folder, "interrupted")
+    note(folder, "after " + " ".join(earlier.name for earlier in earlier_folders(folder)))
+    if len(notes(folder.parent.parent)) == 1:
         raise KeyboardInterrupt
     return {"best_val_loss": 1.0}
 
@@ -253,6 +254,7 @@ def test_an_interrupted_run_is_given_back(tmp_path):
         run_sweep([{"x": 1}], tmp_path, interrupted, in_process=True)
     (outcome,) = run_sweep([{"x": 1}], tmp_path, interrupted, in_process=True)
     assert (outcome.status, outcome.attempt) == ("complete", 1)
+    assert notes(tmp_path) == ["after ", f"after {Path(outcome.folder).name.removesuffix('-retry1')}"]
 
 
 def test_a_run_that_has_killed_three_workers_has_failed(tmp_path):
