@@ -47,13 +47,16 @@ def main(argv: list[str] | None = None) -> None:
         PrepareOptions, prog="hf-gradtools nanogpt prepare", description="Make token files to train on."
     )
     (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    with one_line_errors(PrepareOptions):
-        quiet()
-        from hf_gradtools.nanogpt.data.prepare import prepare
+    try:
+        with one_line_errors(PrepareOptions):
+            quiet()
+            from hf_gradtools.nanogpt.data.prepare import prepare
 
-        made = prepare(**asdict(options))
-        counts = f"{made.meta['train_tokens']:,} tokens for training, {made.meta['val_tokens']:,} for validation"
-        typer.echo(f"{made.path}: {counts}, {made.vocab_size:,} ids, {made.dtype.name}")
+            made = prepare(**asdict(options))
+            counts = f"{made.meta['train_tokens']:,} tokens for training, {made.meta['val_tokens']:,} for validation"
+            typer.echo(f"{options.out_dir}: {counts}, {made.vocab_size:,} ids, {made.dtype.name}")
+    except typer.Exit as ended:  # outside of a typer app nothing else would catch it
+        raise SystemExit(ended.exit_code) from ended
 
 
 if __name__ == "__main__":

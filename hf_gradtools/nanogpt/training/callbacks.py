@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_gradtools.nanogpt.training.options import TrainOptions
 
 
-__all__ = ["Display", "Pace"]
+__all__ = ["Display", "Pace", "no_bars"]
 
 
 class Pace(TrainerCallback):
@@ -115,3 +117,15 @@ class Display(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keeps transformers from showing a bar for the files it reads and writes."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -20,11 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with one_line_errors(TrainOptions):
             quiet()
+            from hf_gradtools.core.distributed import rank
             from hf_gradtools.nanogpt.training.flags import given_flags
             from hf_gradtools.nanogpt.training.run import run_flags, train_parser
 
             flags = given_flags(train_parser(), argv)
             result = run_flags({**_read(flags.pop("config", None)), **flags}, echo=typer.echo)
+            if rank() > 0:
+                return
             typer.echo(
                 f"{result.out_dir}: best val loss {result.best_val_loss:.4f} at iteration {result.best_val_iter}, "
                 f"{result.num_params:,} parameters"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
+from hf_gradtools.nanogpt.training.callbacks import no_bars
 
 
 __all__ = ["RESUME", "SCRATCH", "build_model", "check_names", "config_fields"]
@@ -87,7 +88,8 @@ def _changes(config: NanoGPTConfig) -> dict[str, Any]:
 
 def _load(name: str) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        with no_bars():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(

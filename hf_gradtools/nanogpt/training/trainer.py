@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.utils import logging
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
-from hf_gradtools.nanogpt.training.callbacks import Display, Pace
+from hf_gradtools.nanogpt.training.callbacks import Display, Pace, no_bars
 from hf_gradtools.nanogpt.training.checkpoints import checkpoint_folder, last_checkpoint, prune, publish, write_folder
 from hf_gradtools.nanogpt.training.loader import block_loader
 from hf_gradtools.nanogpt.training.options import TrainOptions
@@ -223,7 +222,7 @@ class BlockTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         use_cache, model.config.use_cache = model.config.use_cache, True  # off while it trains
         try:
-            with _no_bars():
+            with no_bars():
                 model.save_pretrained(output_dir, state_dict=state_dict)
         finally:
             model.config.use_cache = use_cache
@@ -272,15 +271,3 @@ class BlockTrainer(Trainer):
             f"({options.learning_rate:g}), {clip}, or raise warmup_iters ({options.warmup_iters}), and start again"
             + (f", from there with init_from={str(checkpoint)!r} and another out_dir." if checkpoint else ".")
         )
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keeps transformers from showing a bar for each file it writes."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

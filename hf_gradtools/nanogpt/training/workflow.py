@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
+from hf_gradtools.nanogpt.training.arguments import training_arguments
 from hf_gradtools.nanogpt.training.card import write_nanogpt_card
 from hf_gradtools.nanogpt.training.checkpoints import (
     checkpoint_folder,
@@ -44,6 +44,7 @@ __all__ = ["TrainResult", "stored_options", "train"]
 logger = logging.get_logger(__name__)
 
 RUN = "run.json"
+MEASURED = ("iter_latency_ms", "peak_memory_mb")  # of a process, not of the run's state
 
 
 @dataclass(frozen=True)
@@ -113,69 +114,18 @@ def train(
         trainer.evaluate()
         return _result(trainer)
     _begin(trainer, out_dir, block_size, checkpoint)
-    if not _is_finished(trainer, checkpoint):
+    measured = None
+    if _is_finished(trainer, checkpoint):
+        measured = _measured_before(out_dir)
+    else:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             trainer.display.close()
-    result = _result(trainer)
+    result = _result(trainer, measured)
     if trainer.is_world_process_zero():
         _finish(trainer, out_dir, result)
     return result
-
-
-def training_arguments(options: TrainOptions, resumed: bool = False) -> TrainingArguments:
-    """What `Trainer` itself is told; intervals and checkpoints are not left to it.
-
-    Raises:
-        ValueError: this machine has no such device, or it does not compute in `dtype`.
-    """
-    device = _device_type(options.device)
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device != "cpu" and _has_bfloat16(device) else "float32"
-    if dtype == "float16" and device == "cpu":
-        raise ValueError("dtype='float16' does not train on the CPU. Pass float32 or bfloat16.")
-    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    arguments = TrainingArguments(
-        output_dir=options.out_dir,
-        max_steps=options.max_iters,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        max_grad_norm=options.grad_clip,
-        seed=options.seed,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=device == "cpu",
-        torch_compile=options.compile,
-        report_to=options.report_to,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        eval_on_start=not resumed,
-        logging_nan_inf_filter=False,
-        label_names=["shift_labels"],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **{"activation_checkpointing" if renamed else "gradient_checkpointing": options.use_gradient_checkpointing},
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several devices are for torchrun, not for threads
-    return arguments
-
-
-def _device_type(asked: str) -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = "cpu" if accelerator is None else accelerator.type
-    if asked not in ("auto", "cpu", found, f"{found}:0"):
-        raise ValueError(
-            f"device={asked!r} is not to be had: this machine has {found}. Pass auto, or choose one of several "
-            "devices by its environment variable, such as CUDA_VISIBLE_DEVICES."
-        )
-    return "cpu" if asked == "cpu" else found
-
-
-def _has_bfloat16(device: str) -> bool:
-    return device != "cuda" or torch.cuda.is_bf16_supported()
 
 
 def _checkpoint_to_resume(options: TrainOptions, out_dir: Path) -> Path | None:
@@ -247,8 +197,20 @@ def _is_finished(trainer: BlockTrainer, checkpoint: Path | None) -> bool:
     return False
 
 
-def _result(trainer: BlockTrainer) -> TrainResult:
+def _measured_before(out_dir: Path) -> dict[str, float] | None:
+    """What the process that finished a run measured, if it came to tell."""
+    if not (out_dir / FIGURES).is_file():
+        return None
+    figures = json.loads((out_dir / FIGURES).read_bytes())
+    return {name: figures[name] for name in MEASURED} if all(name in figures for name in MEASURED) else None
+
+
+def _result(trainer: BlockTrainer, measured: dict[str, float] | None = None) -> TrainResult:
     figures = trainer.figures()
+    if measured is None:
+        latency, memory = trainer.pace.iter_latency_ms, peak_memory_mb(trainer.args.device)
+    else:
+        latency, memory = (measured[name] for name in MEASURED)
     return TrainResult(
         best_val_loss=figures["best_val_loss"],
         best_val_iter=figures["best_val_iter"],
@@ -257,8 +219,8 @@ def _result(trainer: BlockTrainer) -> TrainResult:
         iters=figures["iter"],
         num_params=figures["num_params"],
         better_than_chance=figures["better_than_chance"],
-        iter_latency_ms=trainer.pace.iter_latency_ms,
-        peak_memory_mb=peak_memory_mb(trainer.args.device),
+        iter_latency_ms=latency,
+        peak_memory_mb=memory,
         out_dir=trainer.options.out_dir,
     )
 
@@ -268,6 +230,6 @@ def _finish(trainer: BlockTrainer, out_dir: Path, result: TrainResult) -> None:
     if list_checkpoints(out_dir):
         publish(checkpoint_folder(out_dir, result.best_val_iter), out_dir)
         write_nanogpt_card(out_dir, trainer, result)
-    measured = {"iter_latency_ms": result.iter_latency_ms, "peak_memory_mb": result.peak_memory_mb}
+    measured = {name: getattr(result, name) for name in MEASURED}
     write_json_atomically(out_dir / FIGURES, {**trainer.figures(), **measured})
     trainer.state.save_to_json(str(out_dir / TRAINER_STATE_NAME))

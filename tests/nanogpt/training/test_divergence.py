@@ -66,8 +66,8 @@ def test_losses_read_at_intervals_still_name_the_iteration(dataset, tmp_path):
     """As on an accelerator, where reading a loss in each iteration would wait for it."""
     from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM
     from hf_gradtools.nanogpt.data import TokenFolder
+    from hf_gradtools.nanogpt.training.arguments import training_arguments
     from hf_gradtools.nanogpt.training.trainer import BlockTrainer
-    from hf_gradtools.nanogpt.training.workflow import training_arguments
 
     run = options(dataset, tmp_path / "out", gradient_accumulation_steps=2)
     data = TokenFolder(dataset)

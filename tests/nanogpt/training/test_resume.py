@@ -77,7 +77,7 @@ def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
     first = train(options(dataset, tmp_path / "out"), MODEL)
     (tmp_path / "out" / "model.safetensors").unlink()  # killed before it was copied
     again = train(options(dataset, tmp_path / "out", init_from="resume"))
-    assert (again.iters, again.best_val_loss, again.iter_latency_ms) == (12, first.best_val_loss, None)
+    assert again == first
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -185,6 +185,18 @@ def test_training_goes_on_from_a_checkpoint_of_nanogpt(dataset, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_abs_pos_embeddings
 
 
+def test_names_that_begin_with_gpt2_are_imported(dataset, tmp_path, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    names, make = [], NanoGPTForCausalLM.from_gpt2
+    monkeypatch.setattr(NanoGPTForCausalLM, "from_gpt2", lambda name: [names.append(name), make(gpt2)][1])
+    train(options(dataset, tmp_path / "out", init_from="gpt2-medium", learning_rate=0.0, max_iters=1))
+    assert names == ["gpt2-medium"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.transformer.wte.weight, gpt2.transformer.wte.weight)
+
+
 def test_any_causal_lm_can_be_trained(dataset, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -207,6 +219,7 @@ def test_any_causal_lm_can_be_trained(dataset, tmp_path):
         ({"dtype": "float16"}, {}, "does not train on the CPU"),
         ({"device": "abacus"}, {}, "device='abacus' is not to be had"),
         ({"dataset": "nowhere"}, {}, "dataset='nowhere' is no folder"),
+        ({"report_to": "paper"}, {}, "report_to='paper': 'paper' is none of"),
         ({"init_from": "resume"}, {}, "holds no checkpoint to continue"),
         ({"init_from": "./nowhere"}, {}, "init_from='./nowhere' cannot be loaded"),
         ({}, {"n_layers": 3}, "unknown options: n_layers. Did you mean n_layer"),
@@ -236,8 +249,8 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(dataset, tmp_path):
 
 @pytest.mark.parametrize("rule", ["ndim", "name"])
 def test_what_decays(rule, dataset, tmp_path):
+    from hf_gradtools.nanogpt.training.arguments import training_arguments
     from hf_gradtools.nanogpt.training.trainer import BlockTrainer
-    from hf_gradtools.nanogpt.training.workflow import training_arguments
 
     run = options(dataset, tmp_path / "out", decay_rule=rule, weight_decay=0.3)
     data = TokenFolder(dataset)
