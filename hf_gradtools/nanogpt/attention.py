@@ -83,9 +83,10 @@ class ScoredAttention(TokenMixer):
 
     uses_keys = True
 
-    def __init__(self, config: Any, layer_idx: int, head_dim: int, value_dim: int):
+    def __init__(self, config: Any, layer_idx: int, head_dim: int, value_dim: int, n_kv_group: int | None = None):
         super().__init__(config, layer_idx)
-        self.n_head, self.n_kv_group = config.n_head, config.of_layer("n_kv_group", layer_idx) or config.n_head
+        groups = n_kv_group or config.of_layer("n_kv_group", layer_idx) or config.n_head
+        self.n_head, self.n_kv_group = config.n_head, groups
         self.num_key_value_groups = self.n_head // self.n_kv_group  # transformers' name, read by its attention
         self.head_dim, self.value_dim = head_dim, value_dim
         self.rotary_dim = head_dim if config.use_rotary_embeddings else 0
@@ -129,17 +130,25 @@ class ScoredAttention(TokenMixer):
         if self.use_qk_norm:
             qk = nn.functional.normalize(qk, dim=-1, eps=1e-6)
         if self.rotary_dim:
-            qk = rotate(qk, *context.rotations[self.rotary_dim])
+            qk = self.turn(qk, *context.rotations[self.rotary_dim])
         q, k = qk.split((self.n_head, self.n_kv_group), dim=1)
         if self.qk_scale is not None:
             q = q * self.qk_scale
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = self.extend(cache, k, v)
         keys, allowed = context.masks[self.window]
         bias = self._score_bias(context, keys)
         if self.is_fusable and context.sdpa is not None:
             return self._attend_fused(q, k, v, keys, allowed, bias, context)
         return self._attend_openly(q, k, v, self._explicit(allowed, context, keys), bias)
+
+    def turn(self, qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q and k `[B, H + G, S, D]` with their positions."""
+        return rotate(qk, cos, sin)
+
+    def extend(self, cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, after those of this forward went into the cache."""
+        return cache.update(k, v, self.layer_idx)
 
     def _score_bias(self, context: Context, keys: Tensor) -> Tensor | None:
         biases = [position(context.queries, keys, context.position_ids) for position in self.biases]
@@ -214,7 +223,7 @@ class ScoredAttention(TokenMixer):
         if self.qk_scale is not None:
             count += Ops(mul=tokens * self.n_head * width)
         if self.rotary_dim:
-            count += Ops(mul=2 * width, add=width) * (tokens * heads)
+            count += Ops(mul=2 * self.rotary_dim, add=self.rotary_dim) * (tokens * heads)
         if self.softcap is not None:
             count += Ops(mul=2 * scores, tanh=scores)
         if self.use_off_by_one:

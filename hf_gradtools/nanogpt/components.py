@@ -2,6 +2,7 @@
 
 from .activations import Activation
 from .attention import TokenMixer
+from .latent import LatentAttention
 from .linear import Linear
 from .mlp import FeedForward
 from .norms import Norm
@@ -16,6 +17,7 @@ __all__ = [
     "Activation",
     "Component",
     "FeedForward",
+    "LatentAttention",
     "Linear",
     "Norm",
     "Position",

@@ -44,6 +44,8 @@ AT_LEAST_ONE = (
     "n_embd",
     "n_qk_head_dim",
     "n_v_head_dim",
+    "mla_latent_dim",
+    "mla_rotary_dim",
     "window_size",
     "mlp_size",
     "mlp_expansion_factor",
@@ -96,8 +98,10 @@ class NanoGPTConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `True`): whether the output layer is the embedding; also as
             `wte_weight_tying`.
         attention_variant (`str` or list, defaults to `"causal"`): "causal", "infinite" (heads of free size, summed),
-            "linear", "ssm" (a Mamba-1 head) or "identity".
+            "mla" (keys and values from one latent), "linear", "ssm" (a Mamba-1 head) or "identity".
         n_qk_head_dim, n_v_head_dim (`int`, *optional*): head sizes of "infinite"; default `n_embd / n_head`.
+        mla_latent_dim (`int`, *optional*), mla_rotary_dim (`int`, defaults to 32): numbers a token that "mla" caches,
+            without positions (default `n_embd / 4`) and with rotary ones.
         use_concat_heads (`bool`): whether "infinite" concatenates its heads.
         window_size (`int` or list, *optional*): how many keys a query sees, itself included. In a list, None stands
             for all; the numbers in it must be equal.
@@ -156,6 +160,8 @@ class NanoGPTConfig(PreTrainedConfig):
     attention_variant: str | list[str] = "causal"
     n_qk_head_dim: int | None = None
     n_v_head_dim: int | None = None
+    mla_latent_dim: int | None = None
+    mla_rotary_dim: int = 32
     use_concat_heads: bool = False
     window_size: int | list[int | None] | None = None
     use_qk_norm: bool = False
@@ -257,6 +263,11 @@ class NanoGPTConfig(PreTrainedConfig):
         return value[layer_idx % len(value)] if isinstance(value, list) else value
 
     @property
+    def latent_dim(self) -> int:
+        """Numbers of a token's latent in "mla" attention."""
+        return self.mla_latent_dim or max(1, self.n_embd // 4)
+
+    @property
     def position_variants(self) -> list[str]:
         """Names of the positions that are switched on."""
         return [name for name in VARIANTS["position"] if getattr(self, f"use_{name}_embeddings", False)]
@@ -340,12 +351,13 @@ class NanoGPTConfig(PreTrainedConfig):
             sizes = {
                 "causal": self.n_embd // self.n_head,
                 "infinite": self.n_qk_head_dim or self.n_embd // self.n_head,
+                "mla": self.mla_rotary_dim,
             }
             for name in attentions & set(sizes):
                 if sizes[name] % 2:
                     raise ValueError(
                         f"use_rotary_embeddings=True turns pairs of numbers, and heads of attention {name!r} have "
-                        f"{sizes[name]}. Choose an even head size (n_embd / n_head, or n_qk_head_dim)."
+                        f"{sizes[name]}. Choose an even size (n_embd / n_head, n_qk_head_dim, or mla_rotary_dim)."
                     )
         windows = self.window_size if isinstance(self.window_size, list) else [self.window_size]
         if len({window for window in windows if window is not None}) > 1:
@@ -374,6 +386,10 @@ class NanoGPTConfig(PreTrainedConfig):
                     f"use_flash_lobo=True adds to the denominator of softmax; softmax_variant_attn={name!r} "
                     "has none, or its own. Choose 'softmax', or 'strongermax' with strongermax_obo."
                 )
+        if self.use_qk_norm and "mla" in {self.of_layer("attention_variant", layer) for layer in scored}:
+            raise ValueError(
+                "use_qk_norm=True norms each head's keys, and attention_variant 'mla' never makes them. Choose one."
+            )
         for flag in ("use_flash_lobo_per_head", "use_flash_obo_const"):
             if getattr(self, flag) and not self.use_flash_lobo:
                 raise ValueError(f"{flag}=True has no effect alone. Set use_flash_lobo=True too.")
