@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import inspect
 import json
 import re
-from argparse import Action, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -43,7 +44,13 @@ def parser_for(
         `HfArgumentParser`: `parse_args_into_dataclasses(argv)` makes the dataclasses, [`given_flags`] only what was
         typed.
     """
-    parser = HfArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = _FlagParser(
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--flag value ...]",
+        formatter_class=_OneSpelling,
+        allow_abbrev=False,
+    )
     parser.dataclass_types = list(dataclass_types)
     groups: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
@@ -74,6 +81,42 @@ def given_flags(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> 
     namespace = Namespace(**{action.dest: UNGIVEN for action in parser._actions if action.dest != "help"})
     parsed = parser.parse_args(argv, namespace)  # sets a default only where nothing stands yet
     return {name: value for name, value in vars(parsed).items() if value is not UNGIVEN}
+
+
+class _FlagParser(HfArgumentParser):
+    """Says what is wrong in one line, and what may have been meant: the usage of so many flags hides it.
+
+    Attributes:
+        raises: whether to raise ValueError instead of ending the process.
+    """
+
+    raises = False
+
+    def error(self, message: str) -> NoReturn:
+        words = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        close = difflib.get_close_matches(words[0], self._option_string_actions, 2) if words else []
+        hint = f"Did you mean {' or '.join(close)}?" if close else "See --help."
+        if self.raises:
+            raise ValueError(f"{message}. {hint}")
+        self.exit(2, f"{self.prog}: error: {message}. {hint}\n")
+        raise AssertionError("exit returned")
+
+
+class _OneSpelling(ArgumentDefaultsHelpFormatter):
+    """Shows `--some_flag X` and `--some_switch, --no-some_switch`, though hyphens do as well."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        name = action.option_strings[0]
+        if action.nargs == "?":
+            return f"{name}, --no-{name.removeprefix('--')}"
+        return f"{name} {self._format_args(action, 'X')}"
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.default is None:
+            return action.help or ""
+        return (super()._get_help_string(action) or "").replace("%(default)s", "%(default)r")
 
 
 class _OneOrSeveral(Action):
@@ -108,7 +151,7 @@ def _add_bool(parser: Any, field: dataclasses.Field[Any]) -> None:
         action="store_false",
         dest=field.name,
         default=_default(field),
-        help=f"the opposite of --{field.name}",
+        help=SUPPRESS,  # told beside the positive form
     )
 
 

@@ -55,13 +55,6 @@ def _model_flags() -> type:
 ModelFlags = _model_flags()
 
 
-class _Raising(HfArgumentParser):
-    """A parser whose complaints are ValueErrors."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
 def train_parser() -> HfArgumentParser:
     """The flags of a run: every option and every field of the model, and `--config`, a YAML file of the same."""
     parser = parser_for(
@@ -72,9 +65,9 @@ def train_parser() -> HfArgumentParser:
 
 
 @cache
-def _coercing_parser() -> HfArgumentParser:
+def _raising_parser() -> Any:
     parser = train_parser()
-    parser.__class__ = _Raising
+    parser.raises = True
     return parser
 
 
@@ -103,7 +96,7 @@ def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     given = {NanoGPTConfig.attribute_map.get(name, name): value for name, value in flags.items() if value is not None}
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     check_names(given, names | set(config_fields()))
-    read = given_flags(_coercing_parser(), [word for name, value in given.items() for word in _words(name, value)])
+    read = given_flags(_raising_parser(), [word for name, value in given.items() for word in _words(name, value)])
     return {n: v for n, v in read.items() if n in names}, {n: v for n, v in read.items() if n not in names}
 
 

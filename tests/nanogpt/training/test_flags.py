@@ -76,13 +76,18 @@ def test_help_comes_from_the_docstring_and_groups_from_the_metadata():
     assert "steps of the optimizer, 100%." in text
     assert "two switches." in text
     assert "switches:" in parser_for(Options).format_help()
+    assert "--off, --no-off two switches. (default: False)" in text
+    assert "--heads X [X ...]" in text
 
 
 def test_wrong_words_stop_with_the_flag_s_name(capsys):
     for words in (["--heads", "two"], ["--kind", "c"], ["--max_iter", "3"], ["--extra", "{"]):
         with pytest.raises(SystemExit):
             parser_for(Options).parse_args(words)
-        assert words[0] in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert words[0] in error
+        assert len(error.splitlines()) == 1
+        assert words[0] != "--max_iter" or "Did you mean --max_iters" in error
 
 
 def test_the_dataclass_itself_stays_as_it_was():
