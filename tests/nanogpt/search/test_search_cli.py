@@ -85,12 +85,15 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_be
     folders["killed-retry1"].mkdir()
     (folders["killed-retry1"] / "earlier.json").write_text('["killed"]')
     began = []
-    monkeypatch.setattr(run, "run_flags", lambda flags: began.append(flags.get("init_from")) or run_flags(flags))
+    monkeypatch.setattr(
+        run, "run_flags", lambda flags, **more: began.append(flags.get("init_from")) or run_flags(flags, **more)
+    )
     resumed, whole = (train_run({**flags, "max_iters": 6}, folders[name]) for name in ("killed-retry1", "whole"))
     assert began == ["resume", None]
     timed = {"iter_latency_avg", "peak_gpu_mb"}
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
     assert resumed["iters"] == 6
+    assert (folders["killed-retry1"] / "run.log").read_text().count("val loss") == 1  # of iteration 6 alone
 
 
 def test_the_hardware_report_of_flags_is_that_of_the_model():
