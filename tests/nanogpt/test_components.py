@@ -54,7 +54,7 @@ ATTENTIONS = {
     "off by one": {"use_flash_lobo": True, "flash_lobo_log_const": 0.5},
     "off by one per head": {**ROTARY, "use_flash_lobo": True, "use_flash_lobo_per_head": True},
     "off by one fixed": {"use_flash_lobo": True, "use_flash_obo_const": True, "flash_lobo_log_const": 0.7},
-    "FIRE": {"use_fire_embeddings": True},
+    "FIRE": {"use_fire_embeddings": True, "fire_init_L": 512.0},
     "FIRE of a short reach": {"use_fire_embeddings": True, "fire_init_L": 2.0},
     "everything": {**ROTARY, "use_fire_embeddings": True, "use_flash_lobo": True, "use_flash_lobo_per_head": True,
                    "attn_logit_softcapping": 1.5, "use_qk_norm": True, "n_kv_group": 2, "window_size": 4},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_gradtools.nanogpt.hardware import hardware_report
 from tests.nanogpt.tiny import CASES, MIXING, SIZES, build, config, ids, model
 
 
@@ -103,3 +104,18 @@ def test_the_configuration_survives_json(case, tmp_path):
     one.save_pretrained(tmp_path)
     again = type(one).from_pretrained(tmp_path)
     assert again.to_dict() == one.to_dict()
+
+
+COUNTED = [case for case in CASES if not case.startswith("activation=") and "window_size" not in CASES[case]]
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_the_hardware_report_counts_the_models_own_parameters_and_state(case):
+    one, report = model(case), hardware_report(config(case), context=7, bytes_per_number=1)
+    assert report.params == sum(parameter.numel() for parameter in one.parameters())
+    cache, kept = DynamicCache(config=one.config), 0
+    logits(case, ids(1, 7), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        states = layer.states.values() if hasattr(layer, "states") else (layer.keys, layer.values)
+        kept += sum(state.numel() for state in states)
+    assert report.state_bytes == kept
