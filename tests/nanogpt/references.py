@@ -100,6 +100,35 @@ def relu2max(scores: Tensor, allowed: Tensor, divisor: float) -> Tensor:
     return per_row(lambda row, _: [s * s * float(s > 0) / divisor for s in row], scores, allowed)
 
 
+def softplus(scores: Tensor, allowed: Tensor, divisor: float) -> Tensor:
+    return per_row(lambda row, _: [(1 + s.exp()).log() / divisor for s in row], scores, allowed)
+
+
+def squareplus(scores: Tensor, allowed: Tensor, divisor: float) -> Tensor:
+    return per_row(lambda row, _: [(s + (s * s + 4).sqrt()) / 2 / divisor for s in row], scores, allowed)
+
+
+def polymax(scores: Tensor, allowed: Tensor, x0: float, y0: float, power: float, divisor: float) -> Tensor:
+    """0 left of x0 < 0, a line from (x0, 0) to (0, y0), then s^power + y0."""
+
+    def one(s: Tensor) -> Tensor:
+        if s.item() < x0:
+            return 0 * s
+        return (y0 - s * y0 / x0 if s.item() < 0 else s**power + y0) / divisor
+
+    return per_row(lambda row, _: [one(s) for s in row], scores, allowed)
+
+
+def sigsoftmax(scores: Tensor, allowed: Tensor) -> Tensor:
+    """e^s·σ(s) over its sum."""
+
+    def rule(row: list[Tensor], _: int) -> list[Tensor]:
+        terms = [s.exp() / (1 + (-s).exp()) for s in row]
+        return [term / sum(terms) for term in terms]
+
+    return per_row(rule, scores, allowed)
+
+
 # ---- attention as a whole
 
 
@@ -142,7 +171,7 @@ def attention(
                     rows.append(s if bias is None else s + bias[h, i, j])
     scores = torch.stack(rows).view(scores.shape)
     weights = weighting(scores, allowed)
-    out = torch.zeros_like(q)
+    out = q.new_zeros(batch, heads, queries, v.shape[-1])
     for h in range(heads):
         for j in range(k.shape[2]):
             out[:, h] = out[:, h] + weights[:, h, :, j, None] * v[:, h // share, None, j]
@@ -235,6 +264,17 @@ def layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         row = row if weight is None else row * weight
         rows.append(row if bias is None else row + bias)
     return torch.stack(rows).view_as(x)
+
+
+def partial_rmsnorm(x: Tensor, weight: Tensor, eps: float, measured: int) -> Tensor:
+    """RMSNorm by the mean square of the first numbers alone."""
+    rows = [row / ((row[:measured] ** 2).sum() / measured + eps).sqrt() * weight for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).view_as(x)
+
+
+def on_sphere(x: Tensor, radius: float) -> Tensor:
+    """x of length `radius`."""
+    return torch.stack([row / (row * row).sum().sqrt() * radius for row in x.reshape(-1, x.shape[-1])]).view_as(x)
 
 
 def dact(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -104,6 +104,24 @@ def test_infinite_attention_sums_heads_of_any_size():
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("turned", [0, 4], ids=["no positions", "rotary"])
+def test_latent_attention_is_that_of_the_keys_and_values_it_never_makes(turned):
+    one = build("attention=mla", **NO_POSITIONS | {"use_rotary_embeddings": turned > 0}, mla_latent_dim=6)
+    attn = one.transformer.h[0].attn
+    with torch.no_grad():
+        x, found = caught(one, attn)
+        q, q_turned, latent, k_turned = attn.c_attn(x).split([16, 4 * turned, 6, turned], dim=-1)
+        latent = ref.rmsnorm(latent, attn.latent_norm.weight, one.config.norm_eps)
+        q, q_turned = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, q_turned))
+        k, v = (torch.stack([latent @ w for w in each], dim=1) for each in (attn.w_k.mT, attn.w_v))
+        if turned:
+            k_turned = ref.rotary(k_turned[:, None], range(7)).expand(-1, 4, -1, -1)
+            q = torch.cat([q, ref.rotary(q_turned, range(7))], dim=-1)
+            k = torch.cat([k, k_turned], dim=-1)
+        expected = joined(one, ref.attention(q, k, v, ref.causal_window(7, 7)))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_fire_of_a_cached_token_uses_its_absolute_place():
     """With L = 2 the distance is measured against the query's own position, which a cache must not reset."""
     one = build(**NO_POSITIONS | {"use_fire_embeddings": True, "fire_init_L": 2.0})
@@ -113,7 +131,7 @@ def test_fire_of_a_cached_token_uses_its_absolute_place():
     torch.testing.assert_close(bias[0], fire_bias(one)[:, 6:7], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["rmsnorm", "layernorm", "dact", "identity"])
+@pytest.mark.parametrize("name", ["rmsnorm", "layernorm", "dact", "identity", "prmsnorm", "hyperspherenorm"])
 def test_norms_are_those_of_the_formulas(name):
     one = build(norm_variant_attn=name, norm_variant_output=name, bias=True)
     norm, eps = one.transformer.ln_f, one.config.norm_eps
@@ -124,6 +142,8 @@ def test_norms_are_those_of_the_formulas(name):
             "layernorm": lambda: ref.layernorm(x, norm.weight, norm.bias, eps),
             "dact": lambda: ref.dact(x, norm.alpha, norm.weight, norm.bias),
             "identity": lambda: x,
+            "prmsnorm": lambda: ref.partial_rmsnorm(x, norm.weight, eps, 8),
+            "hyperspherenorm": lambda: ref.on_sphere(x, 4.0),
         }[name]()
     torch.testing.assert_close(found, expected, **CLOSE)
 

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.bare_nanogpt import BareConfig, BareNanoGPT, LoopOptions, training_steps
 from hf_gradtools.nanogpt import NanoGPTForCausalLM
 from tests.nanogpt.tiny import CASES, MIXING, build, config, ids, model, rounds
 
@@ -111,6 +112,21 @@ def test_a_few_steps_of_trainer_lower_the_loss_and_print_nothing(case, tmp_path,
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_weights_and_batches_give_the_losses_of_the_bare_nanogpt(bias, tmp_path):
+    sizes = {"vocab_size": 19, "n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8}
+    bare = BareNanoGPT(BareConfig(**sizes, bias=bias)).double()
+    torch.save(bare.checkpoint(), tmp_path / "ckpt.pt")
+    ours = NanoGPTForCausalLM.from_nanogpt(tmp_path / "ckpt.pt")
+    tokens, options = ids(400).numpy(), LoopOptions(batch_size=3, warmup_steps=2, log_every_steps=1)
+    torch.manual_seed(0)
+    expected = list(training_steps(bare, tokens, options, 12))
+    torch.manual_seed(0)
+    found = list(training_steps(ours, tokens, options, 12, lambda m, x, y: m(x, shift_labels=y).loss, 8))
+    assert found == pytest.approx(expected, abs=1e-6)  # the loss is taken in single precision
+    assert expected[-1] != pytest.approx(expected[0], abs=1e-3)
 
 
 def test_the_targets_of_nanogpt_count_the_last_position_and_labels_do_not():

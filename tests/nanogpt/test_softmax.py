@@ -56,6 +56,13 @@ EXPECTED = {
     "sigmoidmax": ({"sigmoidmax_divisor": 7.0}, lambda s, a, one: ref.sigmoidmax(s, a, 7.0)),
     "relumax": ({"relumax_divisor": 7.0}, lambda s, a, one: ref.relumax(s, a, 7.0)),
     "relu2max": ({"relu2max_divisor": 7.0}, lambda s, a, one: ref.relu2max(s, a, 7.0)),
+    "softplus": ({"softplus_divisor": 7.0}, lambda s, a, one: ref.softplus(s, a, 7.0)),
+    "squareplus": ({"squareplus_divisor": 7.0}, lambda s, a, one: ref.squareplus(s, a, 7.0)),
+    "polymax": (
+        {"polymax_x_intercept": -2.0, "polymax_y_intercept": 0.5, "polymax_power": 3.0, "polymax_divisor": 7.0},
+        lambda s, a, one: ref.polymax(s, a, -2.0, 0.5, 3.0, 7.0),
+    ),
+    "sigsoftmax": ({}, lambda s, a, one: ref.sigsoftmax(s, a)),
 }
 
 

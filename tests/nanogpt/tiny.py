@@ -17,7 +17,8 @@ Fields = dict[str, Any]
 REFUSED = (ValueError, StrictDataclassError)
 SIZES: Fields = {
     "vocab_size": 19, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 16, "mlp_expansion_factor": 2,
-    "ssm_d_state": 4, "ssm_dt_rank": 3, "kan_middle_layers": [8], "fire_mlp_width": 8, "prmsnorm_pct": 0.5,
+    "ssm_d_state": 4, "ssm_dt_rank": 3, "kan_middle_layers": [8], "fire_mlp_width": 8,
+    "prmsnorm_pct": 0.5, "mla_rotary_dim": 4,
     "fire_init_L": 3.0,  # within the rows of the tests, so that FIRE depends on where the query stands
 }  # fmt: skip
 FIELD = {
