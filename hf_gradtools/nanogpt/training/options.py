@@ -106,7 +106,7 @@ class TrainOptions:
     progress: bool = _in("Logging", True)
     sample_each_eval: bool = _in("Logging", False)
     sample_start_tokens: str = _in("Logging", "\n")
-    max_sample_tokens: int = _in("Logging", 256)
+    max_sample_tokens: int = _in("Logging", 200)
     sample_temperature: float = _in("Logging", 0.8)
     sample_top_k: int = _in("Logging", 200)
     device: str = _in("System", "auto")

@@ -240,7 +240,7 @@ class BlockTrainer(Trainer):
             "best_val_iter": self.state.best_global_step,
             "num_params": self.num_params,
             "vocab_size": self.data.vocab_size,
-            "better_than_chance": None if best is None else self.data.vocab_size / math.exp(best),
+            "better_than_chance": None if best is None else self.data.vocab_size * math.exp(-best),
         }
 
     # ---- NaN

@@ -267,6 +267,15 @@ def test_what_decays(rule, dataset, tmp_path):
         assert all("ln" in names[id(p)] or "norm" in names[id(p)] or "bias" in names[id(p)] for p in kept["params"])
 
 
+def test_a_huge_finite_loss_has_figures(dataset, tmp_path):
+    model = NanoGPTForCausalLM(NanoGPTConfig(vocab_size=len(set(TEXT)), tie_word_embeddings=False, **MODEL))
+    model.lm_head.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "model")
+    result = train(options(dataset, tmp_path / "out", init_from=str(tmp_path / "model"), eval_only=True))
+    assert result.best_val_loss > 1000
+    assert result.better_than_chance == 0.0
+
+
 def test_file_names_of_a_run(trained):
     kept = {path.name for path in Path(trained[1]).iterdir() if not path.name.startswith("checkpoint-")}
     assert kept == {
