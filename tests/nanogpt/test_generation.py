@@ -70,6 +70,36 @@ def test_a_cropped_window_goes_on_past_the_block_as_nanogpt_does():
     assert torch.equal(found, row)
 
 
+def test_a_cropped_window_drops_padding_first():
+    one, rows = model("position=abs_pos"), prompt()
+    found = one.generate(**rows, max_new_tokens=6, do_sample=False, crop_to_block=True, pad_token_id=0)
+    start = int((rows["attention_mask"][1] == 0).sum())
+    alone = one.generate(rows["input_ids"][1:2, start:], max_new_tokens=6, do_sample=False, crop_to_block=True)
+    assert torch.equal(found[1:2, start:], alone)
+
+
+def test_generation_goes_on_from_embeddings():
+    one, row = model(), ids(1, 5)
+    found = one.generate(inputs_embeds=one.transformer.wte(row), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, one.generate(row, max_new_tokens=4, do_sample=False)[:, 5:])
+
+
+@pytest.mark.parametrize("case", ["default", "window", "attention=ssm", "attention=linear", "position=fire"])
+def test_a_kept_cache_is_gone_on_with(case):
+    one, more = model(case), ids(1, 3, seed=3)
+    first = one.generate(ids(1, 5), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, more], dim=1)
+    options = {"attention_mask": torch.ones_like(text), "max_new_tokens": 4, "do_sample": False}
+    found = one.generate(text, past_key_values=first.past_key_values, **options)
+    assert torch.equal(found, one.generate(text, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("case", ["attention=ssm", "ssm in turn", "attention=identity"])
+def test_going_back_some_tokens_is_refused_where_a_state_cannot(case):
+    with pytest.raises((ValueError, NotImplementedError), match="stateful|state"):
+        model(case).generate(ids(1, 8), prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+
+
 def test_consmax_on_the_output_makes_sampling_follow_its_weights():
     """Powers over a constant have the proportions of the softmax: sampling is the same."""
     plain, other = build("default"), build("default", softmax_variant_output="consmax")

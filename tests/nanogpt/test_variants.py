@@ -48,6 +48,48 @@ def test_padding_is_not_seen(case, side):
         torch.testing.assert_close(found[row, span], logits(case, rows[row : row + 1, :n])[0], atol=1e-10, rtol=0)
 
 
+def mixers(case):
+    one = config(case)
+    return {one.of_layer("attention_variant", layer) for layer in range(one.n_layer)}
+
+
+def measures_places(case):
+    """Whether distances are counted in places of the row, padding included."""
+    one = config(case)
+    return one.sliding_window is not None or one.use_fire_embeddings or "ssm" in mixers(case)
+
+
+@pytest.mark.parametrize("case", [case for case in MIXING if not measures_places(case)])
+def test_padding_between_tokens_is_not_seen(case):
+    rows, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, 2:4] = mask[1, 5] = 0
+    found = logits(case, rows, attention_mask=mask)
+    for row in range(2):
+        kept = mask[row] == 1
+        torch.testing.assert_close(found[row, kept], logits(case, rows[row : row + 1, kept])[0], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["window", "position=fire", "attention=ssm"])
+def test_padding_between_tokens_is_refused_where_distances_would_count_it(case):
+    with pytest.raises(ValueError, match="padding between the tokens"):
+        logits(case, ids(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]]))
+
+
+@pytest.mark.parametrize("case", [case for case in MIXING if mixers(case) <= {"causal", "infinite", "mla"}])
+def test_documents_packed_in_a_row_do_not_meet(case):
+    rows, lengths = ids(1, 9), [4, 2, 3]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    found = logits(case, rows, position_ids=positions)
+    for part, alone in zip(found.split(lengths, dim=1), rows.split(lengths, dim=1), strict=True):
+        torch.testing.assert_close(part, logits(case, alone), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["attention=ssm", "attention=linear", "ssm in turn"])
+def test_packed_documents_are_refused_where_a_state_would_carry_over(case):
+    with pytest.raises(ValueError, match="position_ids that restart"):
+        logits(case, ids(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 3, 1], [1, 8]], ids=["token by token", "chunks", "one then all"])
 @pytest.mark.parametrize("case", MIXING)
 def test_the_cache_changes_no_logit(case, pieces):
@@ -104,6 +146,21 @@ def test_the_configuration_survives_json(case, tmp_path):
     one.save_pretrained(tmp_path)
     again = type(one).from_pretrained(tmp_path)
     assert again.to_dict() == one.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \[2, 5\].*\[2, 6\]"),
+        ({"input_ids": ids(2, 6), "inputs_embeds": torch.ones(2, 6, 16)}, "exactly one"),
+        ({}, "exactly one"),
+        ({"input_ids": ids(1, BLOCK + 1)}, f"position {BLOCK} is past block_size={BLOCK}"),
+    ],
+    ids=["mask of another length", "ids and embeddings", "nothing", "past the table"],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model("position=abs_pos")(**inputs)
 
 
 COUNTED = [case for case in CASES if not case.startswith("activation=") and "window_size" not in CASES[case]]
