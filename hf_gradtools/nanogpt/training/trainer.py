@@ -179,6 +179,9 @@ class BlockTrainer(Trainer):
 
     # ---- checkpoints
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: the model of a resumed run was made from the checkpoint."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out_dir, step = Path(self.args.output_dir), self.state.global_step
         folder = checkpoint_folder(out_dir, step)

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from hf_gradtools.core.atomic import write_json_atomically
+from hf_gradtools.hub import CARD_FILE
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.training.arguments import training_arguments
 from hf_gradtools.nanogpt.training.card import write_nanogpt_card
@@ -181,6 +182,8 @@ def _begin(trainer: BlockTrainer, out_dir: Path, block_size: int, checkpoint: Pa
     if checkpoint is None and trainer.is_world_process_zero():
         out_dir.mkdir(parents=True, exist_ok=True)
         prune(out_dir, ())
+        for name in (FIGURES, TRAINER_STATE_NAME, CARD_FILE):  # of the run that was there
+            (out_dir / name).unlink(missing_ok=True)
         write_json_atomically(out_dir / RUN, {"options": asdict(trainer.options), "block_size": block_size})
     trainer.accelerator.wait_for_everyone()
 

@@ -46,6 +46,7 @@ class Interrupt(TrainerCallback):
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(step, run, model, dataset, tmp_path, monkeypatch):
     config = {**MODEL, **model}
     train(options(dataset, tmp_path / "whole", **run), config)
+    train(options(dataset, tmp_path / "cut", max_iters=1, seed=2), config)  # is replaced
     with monkeypatch.context() as patched:
         begin = BlockTrainer.train
 
@@ -55,7 +56,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(step, run, model, data
 
         patched.setattr(BlockTrainer, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(options(dataset, tmp_path / "cut", **run), config)
+            train(options(dataset, tmp_path / "cut", **run, overwrite_out_dir=True), config)
+    assert "iter_latency_ms" not in json.loads((tmp_path / "cut" / "training.json").read_text())  # as if finished
     train(options(dataset, tmp_path / "cut", **run, init_from="resume"), None)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
