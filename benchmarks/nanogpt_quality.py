@@ -156,14 +156,14 @@ def key(record: dict[str, Any]) -> str:
 
 def table(records: list[dict[str, Any]], steps: int, chosen: list[str]) -> str:
     """Mean over the seeds, with the largest distance from it where there are several."""
-    by_key: dict[str, list[dict[str, Any]]] = {}
+    by_key: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
         if record["steps"] == steps:
-            by_key.setdefault(key({**record, "seed": 0}), []).append(record)
+            by_key.setdefault(key({**record, "seed": 0}), {})[record["seed"]] = record
     lines = []
     for axis, rows in axes().items():
         for row, fields in rows.items():
-            runs = by_key.get(key({"row": row, "fields": fields, "seed": 0, "steps": steps}), [])
+            runs = list(by_key.get(key({"row": row, "fields": fields, "seed": 0, "steps": steps}), {}).values())
             if runs and axis in chosen:
                 losses = [one["val_loss"] for one in runs]
                 mean = statistics.mean(losses)

@@ -76,13 +76,13 @@ def test_attention_is_the_one_of_the_loops(case, implementation):
         if c.use_qk_norm:
             q, k = (t / t.square().sum(-1, keepdim=True).sqrt() for t in (q, k))
         if c.use_qk_norm_scale:
-            scale = attn.qk_scale[0]
+            scale = attn.qk_scale.weight[0]
         if c.use_rotary_embeddings:
             q, k = (ref.rotary(t, range(7), c.rope_theta) for t in (q, k))
         weigh = ref.softmax
         if c.use_flash_lobo:
-            constant = c.flash_lobo_log_const if attn.log_const is None else attn.log_const
-            weigh = partial(ref.flash_lobo, log_constant=constant)
+            learned = dict(attn.named_parameters()).get("off_by_one.log_const")
+            weigh = partial(ref.flash_lobo, log_constant=c.flash_lobo_log_const if learned is None else learned)
         if c.softmax_variant_attn == "consmax":
             weigh = partial(ref.consmax, beta=attn.weighting.beta[0], gamma=attn.weighting.gamma[0])
         bias = fire_bias(one) if c.use_fire_embeddings else None
@@ -113,7 +113,7 @@ def test_latent_attention_is_that_of_the_keys_and_values_it_never_makes(turned):
         q, q_turned, latent, k_turned = attn.c_attn(x).split([16, 4 * turned, 6, turned], dim=-1)
         latent = ref.rmsnorm(latent, attn.latent_norm.weight, one.config.norm_eps)
         q, q_turned = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, q_turned))
-        k, v = (torch.stack([latent @ w for w in each], dim=1) for each in (attn.w_k.mT, attn.w_v))
+        k, v = (torch.stack([latent @ w for w in each], dim=1) for each in (attn.w_k.weight.mT, attn.w_v.weight))
         if turned:
             k_turned = ref.rotary(k_turned[:, None], range(7)).expand(-1, 4, -1, -1)
             q = torch.cat([q, ref.rotary(q_turned, range(7))], dim=-1)

@@ -135,7 +135,7 @@ def test_parameters_of_variants_begin_where_the_papers_put_them():
     assert (attn.weighting.beta.item(), attn.weighting.gamma.item()) == (2.5, 100.0)
     assert attn.biases[0].c.item() == pytest.approx(0.1)
     lobo = NanoGPTForCausalLM(config(use_flash_lobo=True, use_flash_lobo_per_head=True)).transformer.h[0].attn
-    assert lobo.log_const.tolist() == [0.0] * 4
+    assert lobo.off_by_one.log_const.tolist() == [0.0] * 4
     ssm = NanoGPTForCausalLM(config("attention=ssm")).transformer.h[0].attn
     torch.testing.assert_close(ssm.A_log.exp(), torch.arange(1.0, 5.0).expand(32, 4))
     assert (ssm.D == 1).all()
