@@ -6,8 +6,6 @@ Shapes: B batch, S queries, K keys, E `n_embd`, H heads, G key-value heads, D he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +14,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .caching import recurrent_layer
+from .context import Context
 from .costs import Ops
 from .linear import build_linear
 from .positions import rotate
 from .registry import Component, register, variant
-
-
-@dataclass
-class Context:
-    """What all layers of one forward share.
-
-    Args:
-        position_ids: `[B or 1, S]`.
-        queries: `[S]`, indices of the queries in the sequence with its padding.
-        token_mask: bool `[B, S]`, False at padding; None if there is none.
-        rotations: head size -> cosines and sines; empty without rotary positions.
-        masks: window -> (keys, allowed): `[K]` indices of the keys, and bool `[B or 1, 1, S, K]`, or None where
-            the plain causal triangle is right.
-        sdpa: the fused attention, or None if weights are to be computed openly.
-    """
-
-    position_ids: Tensor
-    queries: Tensor
-    token_mask: Tensor | None
-    rotations: dict[int, tuple[Tensor, Tensor]]
-    masks: dict[int | None, tuple[Tensor, Tensor | None]]
-    sdpa: Callable[..., tuple[Tensor, Any]] | None
 
 
 class TokenMixer(Component):
@@ -49,6 +26,7 @@ class TokenMixer(Component):
 
     uses_keys = False  # whether it caches keys and values, and so has a window, positions and softmax
     rotary_dim = 0  # size of the heads that are rotated
+    counts_padding = False  # whether padding between two tokens makes them further apart
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
@@ -73,6 +51,46 @@ class IdentityAttention(TokenMixer):
         return Ops()
 
 
+class QKScale(Component):
+    """A learned scale of the products of normalised queries and keys.
+
+    Source: arXiv 2010.04245, section 3: cosines are at most 1, so the scale must let one key of many win.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        length = max(config.block_size, 2)
+        self.initial = math.log2(length * length - length)
+        self.weight = nn.Parameter(torch.full((1,), self.initial))
+
+    def init_parameters(self) -> None:
+        init.constant_(self.weight, self.initial)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return q * self.weight
+
+
+class OffByOne(Component):
+    """log C of what a softmax adds to its denominator: learned once, per head, or fixed."""
+
+    def __init__(self, config: Any, n_head: int):
+        super().__init__()
+        self.n_head, self.initial = n_head, config.flash_lobo_log_const
+        self.log_const: nn.Parameter | None = None
+        if not config.use_flash_obo_const:
+            heads = n_head if config.use_flash_lobo_per_head else 1
+            self.log_const = nn.Parameter(torch.full((heads,), float(self.initial)))
+
+    def init_parameters(self) -> None:
+        if self.log_const is not None:
+            init.constant_(self.log_const, self.initial)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """The score `[B, H, S, 1]` of the key that stands for it, for queries `[B, H, S, D]`."""
+        const = q.new_full((1,), self.initial) if self.log_const is None else self.log_const.to(q.dtype)
+        return const.view(1, -1, 1, 1).expand(q.shape[0], self.n_head, q.shape[2], 1)
+
+
 class ScoredAttention(TokenMixer):
     """Attention by scores of keys: everything after q, k and v, for heads of any size.
 
@@ -89,40 +107,18 @@ class ScoredAttention(TokenMixer):
         self.n_head, self.n_kv_group = config.n_head, groups
         self.num_key_value_groups = self.n_head // self.n_kv_group  # transformers' name, read by its attention
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.rotary_dim = head_dim if config.use_rotary_embeddings else 0
+        self.rotary_dim = head_dim if config.rotation_variant else 0
         self.window = config.of_layer("window_size", layer_idx)
         self.softcap = config.attn_logit_softcapping
         softmax = config.of_layer("softmax_variant_attn", layer_idx)
         self.weighting = variant("softmax", softmax)(config, layer_idx, self.n_head)
         self.is_fusable = softmax == "softmax" and self.softcap is None
         self.biases = nn.ModuleList(build_score_positions(config, layer_idx))
-        self._init_qk_norm(config)
-        self._init_off_by_one(config)
-
-    def _init_qk_norm(self, config: Any) -> None:
+        self.counts_padding = self.window is not None or len(self.biases) > 0
         self.use_qk_norm = config.use_qk_norm
-        self.scaling = self.head_dim**-0.5
-        self.qk_scale: nn.Parameter | None = None
-        if config.use_qk_norm_scale:
-            # arXiv 2010.04245, section 3: cosines are at most 1, so the scale must let one key of many win.
-            length = max(config.block_size, 2)
-            self.initial_scale = math.log2(length * length - length)
-            self.qk_scale = nn.Parameter(torch.full((1,), self.initial_scale))
-            self.scaling = 1.0
-
-    def _init_off_by_one(self, config: Any) -> None:
-        self.use_off_by_one = config.use_flash_lobo
-        self.initial_log_const = config.flash_lobo_log_const
-        self.log_const: nn.Parameter | None = None
-        if self.use_off_by_one and not config.use_flash_obo_const:
-            heads = self.n_head if config.use_flash_lobo_per_head else 1
-            self.log_const = nn.Parameter(torch.full((heads,), float(self.initial_log_const)))
-
-    def init_parameters(self) -> None:
-        if self.qk_scale is not None:
-            init.constant_(self.qk_scale, self.initial_scale)
-        if self.log_const is not None:
-            init.constant_(self.log_const, self.initial_log_const)
+        self.qk_scale = QKScale(config) if config.use_qk_norm_scale else None
+        self.scaling = self.head_dim**-0.5 if self.qk_scale is None else 1.0
+        self.off_by_one = OffByOne(config, self.n_head) if config.use_flash_lobo else None
 
     def attend(self, qk: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Any]:
         """Values `[B, S, H, V]` for q and k side by side `[B, S, H + G, D]`, v `[B, G, S, V]`, and weights if open."""
@@ -133,7 +129,7 @@ class ScoredAttention(TokenMixer):
             qk = self.turn(qk, *context.rotations[self.rotary_dim])
         q, k = qk.split((self.n_head, self.n_kv_group), dim=1)
         if self.qk_scale is not None:
-            q = q * self.qk_scale
+            q = self.qk_scale(q)
         if cache is not None:
             k, v = self.extend(cache, k, v)
         keys, allowed = context.masks[self.window]
@@ -169,15 +165,14 @@ class ScoredAttention(TokenMixer):
         context: Context,
     ) -> tuple[Tensor, None]:
         mask = allowed
-        if bias is not None or self.use_off_by_one:
+        if bias is not None or self.off_by_one is not None:
             allowed = self._explicit(allowed, context, keys)
             bias = q.new_zeros(1, 1, 1, 1) if bias is None else bias.to(q.dtype)
             # The smallest finite number, not -inf: a row of padding keeps finite weights and gradients.
             mask = torch.where(allowed, bias, torch.finfo(q.dtype).min)
-        if self.use_off_by_one:
-            sink = self._log_const(q).view(1, -1, 1, 1)
-            heads, (batch, _, queries, _) = max(mask.shape[1], sink.shape[1]), mask.shape
-            mask = torch.cat((sink.expand(batch, heads, queries, 1), mask.expand(-1, heads, -1, -1)), dim=-1)
+        if self.off_by_one is not None:
+            sink = self.off_by_one(q)
+            mask = torch.cat((sink, mask.expand(*sink.shape[:3], -1)), dim=-1)
             k, v = (nn.functional.pad(x, (0, 0, 1, 0)) for x in (k, v))  # a key of zeros in front, and its value
         dropout = self.dropout if self.training else 0.0
         return context.sdpa(
@@ -194,19 +189,13 @@ class ScoredAttention(TokenMixer):
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
-        if self.use_off_by_one:
-            sink = self._log_const(q).view(1, -1, 1, 1).expand(scores.shape[0], self.n_head, scores.shape[2], 1)
-            scores = torch.cat((sink, scores), dim=-1)
+        if self.off_by_one is not None:
+            scores = torch.cat((self.off_by_one(q), scores), dim=-1)
             allowed = nn.functional.pad(allowed, (1, 0), value=True)
         weights = self.weighting(scores, allowed).to(v.dtype)
-        if self.use_off_by_one:
+        if self.off_by_one is not None:
             weights = weights[..., 1:]
         return (self.drop(weights) @ v).transpose(1, 2), weights
-
-    def _log_const(self, like: Tensor) -> Tensor:
-        if self.log_const is not None:
-            return self.log_const.to(like.dtype)
-        return like.new_full((1,), self.initial_log_const)
 
     def state_numbers(self, context: int) -> int:
         kept = context if self.window is None else min(context, self.window)
@@ -226,7 +215,7 @@ class ScoredAttention(TokenMixer):
             count += Ops(mul=2 * self.rotary_dim, add=self.rotary_dim) * (tokens * heads)
         if self.softcap is not None:
             count += Ops(mul=2 * scores, tanh=scores)
-        if self.use_off_by_one:
+        if self.off_by_one is not None:
             rows = tokens * self.n_head
             count += Ops(exp=rows, add=2 * rows, max=rows)  # one score more in each row, with no value
         return count + sum((position.ops(tokens, pairs) for position in self.biases), Ops())

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
@@ -65,6 +64,12 @@ class RecurrentStateLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a recurrent layer keeps no earlier state to go back to. Generate without assisted or lookup decoding."
+            )
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda state: state.repeat_interleave(repeats, dim=0))
 
@@ -89,29 +94,10 @@ def recurrent_layer(cache: Cache | None, layer_idx: int) -> RecurrentStateLayer 
         return None
     # A cache made without a configuration grows its layers by updates of keys, and knows none of this kind.
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, RecurrentStateLayer):
+    # By its type's name: a model loaded with its own code has a class of its own, and the last one loaded is made.
+    if getattr(layer, "_layer_type", None) != RECURRENT:
         raise ValueError(
             f"past_key_values has no state for layer {layer_idx}, which keeps no keys and values. Make the cache as "
             "DynamicCache(config=model.config)."
         )
     return layer
-
-
-def visible_keys(queries: Tensor, keys: Tensor, key_mask: Tensor | None, window: int | None) -> Tensor:
-    """Which keys a query sees: those up to itself, no more than `window`, none that is padding.
-
-    Args:
-        queries (`Tensor`): `[S]`, indices of the queries in the sequence.
-        keys (`Tensor`): `[K]`, those of the keys.
-        key_mask (`Tensor`, *optional*): `[B, K]`, False at padding.
-        window (`int`, *optional*): how many keys at most, itself included.
-
-    Returns:
-        `Tensor`: bool `[B or 1, 1, S, K]`.
-    """
-    distance = queries[:, None] - keys[None, :]
-    seen = distance >= 0
-    if window is not None:
-        seen = seen & (distance < window)
-    seen = seen[None, None]
-    return seen if key_mask is None else seen & key_mask.to(torch.bool)[:, None, None, :]

@@ -3,15 +3,19 @@
 # No `from __future__ import annotations`: @strict checks no field whose type is a string.
 
 import math
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .caching import RECURRENT
 from .components import VARIANTS, TokenMixer
 from .registry import variant
 
+
+logger = logging.get_logger(__name__)
 
 # Field -> kind of component it names. A list is cycled over the layers, except for those in ONE_FOR_ALL.
 NAMED_VARIANTS = {
@@ -59,6 +63,7 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "norm_eps",
     "rope_theta",
+    "fire_init_c",
     "fire_init_L",
     "fire_log_bias",
     "attn_logit_softcapping",
@@ -242,9 +247,10 @@ class NanoGPTConfig(PreTrainedConfig):
     linear_variant_mlp_down: str | list[str] | None = None
     quantize_linear_bits: int = 8
 
-    layer_types: list[str] | None = None
-
     def __post_init__(self, **kwargs: Any) -> None:
+        if "sliding_window" in kwargs:
+            raise ValueError(f"sliding_window={kwargs['sliding_window']!r}: say window_size, which it follows from.")
+        self._warn_of_typos(kwargs)
         super().__post_init__(**kwargs)  # takes n_layer and the like by their other names: nothing before it
         for name in set(self.attribute_map.values()):
             setattr(self, name, getattr(self, name))  # checks the type of what came by another name
@@ -253,11 +259,25 @@ class NanoGPTConfig(PreTrainedConfig):
         self.validate_variants()
         self.validate_architecture()
         self.validate_pairs()
-        self.layer_types = [self._layer_type(layer) for layer in range(self.n_layer)]
+
+    def _warn_of_typos(self, kwargs: dict[str, Any]) -> None:
+        """transformers keeps names it does not know as attributes, where nothing reads them."""
+        fields = [*self.__dataclass_fields__, *self.attribute_map]
+        for name in kwargs:
+            is_position = name[4:-11] in VARIANTS["position"]  # use_..._embeddings of a position that was registered
+            if name not in fields and not is_position and (close := get_close_matches(name, fields, n=1, cutoff=0.85)):
+                logger.warning(f"NanoGPTConfig has no field {name!r}, and ignores it. Is {close[0]!r} meant?")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer caches: transformers' name, read by its caches."""
+        return [self._layer_type(layer) for layer in range(self.n_layer)]
 
     def of_layer(self, field: str, layer_idx: int) -> Any:
         """What a field says of one layer: itself, the element of a list, or that of the field it falls back to."""
         value = getattr(self, field)
+        if value == []:
+            raise ValueError(f"{field}=[] says nothing of any layer. Pass one value, or a list of at least one.")
         if value is None and field in FALLBACKS:
             return self.of_layer(FALLBACKS[field], layer_idx)
         return value[layer_idx % len(value)] if isinstance(value, list) else value
@@ -271,6 +291,12 @@ class NanoGPTConfig(PreTrainedConfig):
     def position_variants(self) -> list[str]:
         """Names of the positions that are switched on."""
         return [name for name in VARIANTS["position"] if getattr(self, f"use_{name}_embeddings", False)]
+
+    @property
+    def rotation_variant(self) -> str | None:
+        """The position that turns q and k, if one is switched on."""
+        turning = [name for name in self.position_variants if variant("position", name).place == "rotation"]
+        return turning[0] if turning else None
 
     @property
     def sliding_window(self) -> int | None:
@@ -321,8 +347,6 @@ class NanoGPTConfig(PreTrainedConfig):
         """Names that are registered."""
         for field, kind in NAMED_VARIANTS.items():
             value = getattr(self, field)
-            if value == [] or (isinstance(value, list) and field in ("kan_base_activation",)):
-                raise ValueError(f"{field}={value!r} names no variant. Pass one name, or a list of at least one.")
             for name in value if isinstance(value, list) else [value]:
                 if name is None and field in (*FALLBACKS, "activation_variant"):
                     continue
@@ -330,9 +354,6 @@ class NanoGPTConfig(PreTrainedConfig):
                     variant(kind, name)
                 except ValueError as error:
                     raise ValueError(f"{field}={value!r}: {error}") from None
-        for field in ("n_kv_group", "window_size", "mlp_size"):
-            if getattr(self, field) == []:
-                raise ValueError(f"{field}=[] says nothing of any layer. Pass a number, or a list of at least one.")
 
     def validate_architecture(self) -> None:
         """Sizes that fit together."""
@@ -347,7 +368,7 @@ class NanoGPTConfig(PreTrainedConfig):
             groups = self.of_layer("n_kv_group", layer)
             if groups is not None and self.n_head % groups:
                 raise ValueError(f"n_kv_group={self.n_kv_group} must divide n_head={self.n_head}.")
-        if self.use_rotary_embeddings:
+        if self.rotation_variant:
             sizes = {
                 "causal": self.n_embd // self.n_head,
                 "infinite": self.n_qk_head_dim or self.n_embd // self.n_head,
@@ -356,10 +377,14 @@ class NanoGPTConfig(PreTrainedConfig):
             for name in attentions & set(sizes):
                 if sizes[name] % 2:
                     raise ValueError(
-                        f"use_rotary_embeddings=True turns pairs of numbers, and heads of attention {name!r} have "
-                        f"{sizes[name]}. Choose an even size (n_embd / n_head, n_qk_head_dim, or mla_rotary_dim)."
+                        f"use_{self.rotation_variant}_embeddings=True turns pairs of numbers, and heads of attention "
+                        f"{name!r} have {sizes[name]}. Choose n_embd / n_head, n_qk_head_dim or mla_rotary_dim even."
                     )
         windows = self.window_size if isinstance(self.window_size, list) else [self.window_size]
+        if 1 in windows:
+            raise ValueError(
+                f"window_size={self.window_size}: a query that sees itself alone mixes nothing. Use >= 2."
+            )
         if len({window for window in windows if window is not None}) > 1:
             raise ValueError(f"window_size={self.window_size} has several sizes. Mix one size with null (no window).")
 
@@ -386,6 +411,10 @@ class NanoGPTConfig(PreTrainedConfig):
                     f"use_flash_lobo=True adds to the denominator of softmax; softmax_variant_attn={name!r} "
                     "has none, or its own. Choose 'softmax', or 'strongermax' with strongermax_obo."
                 )
+        turning = [name for name in self.position_variants if variant("position", name).place == "rotation"]
+        if len(turning) > 1:
+            flags = " and ".join(f"use_{name}_embeddings" for name in turning)
+            raise ValueError(f"{flags} both turn q and k. Switch one off.")
         if self.use_qk_norm and "mla" in {self.of_layer("attention_variant", layer) for layer in scored}:
             raise ValueError(
                 "use_qk_norm=True norms each head's keys, and attention_variant 'mla' never makes them. Choose one."

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers.utils import logging
 
 from .configuration_nanogpt import NanoGPTConfig
 
+
+logger = logging.get_logger(__name__)
 
 # What nanoGPT's own model is in our words.
 NANOGPT = {
@@ -55,6 +58,7 @@ def from_gpt2(cls: type, model: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: it is no GPT-2, or scales its attention in a way nanoGPT has not.
     """
+    attention = kwargs.pop("attn_implementation", None)
     if not isinstance(model, torch.nn.Module):
         model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     if not isinstance(model, GPT2LMHeadModel):
@@ -67,6 +71,11 @@ def from_gpt2(cls: type, model: Any, **kwargs: Any) -> Any:
             raise ValueError(f"the GPT-2 has {flag}=True, which nanoGPT models do not. Import one without.")
     if not source.scale_attn_weights:
         raise ValueError("the GPT-2 has scale_attn_weights=False, which nanoGPT models do not. Import one without.")
+    if len({source.embd_pdrop, source.attn_pdrop, source.resid_pdrop}) > 1:
+        logger.warning(
+            f"the GPT-2 has embd_pdrop={source.embd_pdrop}, attn_pdrop={source.attn_pdrop} and "
+            f"resid_pdrop={source.resid_pdrop}; nanoGPT models have one dropout, here that of resid_pdrop."
+        )
     shape = {
         "activation_variant": source.activation_function,
         "norm_eps": source.layer_norm_epsilon,
@@ -89,7 +98,10 @@ def from_gpt2(cls: type, model: Any, **kwargs: Any) -> Any:
     for name, value in model.state_dict().items():
         is_conv1d = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
         weights[_our_name(name)] = value.t() if is_conv1d else value
-    return _filled(cls, config, weights, model.dtype)
+    filled = _filled(cls, config, weights)
+    if attention is not None:
+        filled.set_attn_implementation(attention)
+    return filled
 
 
 def from_nanogpt(cls: type, path: str | os.PathLike[str]) -> Any:
@@ -120,9 +132,8 @@ def from_nanogpt(cls: type, path: str | os.PathLike[str]) -> Any:
     if is_rotary:
         for name in [name for name in weights if ".attn.c_attn." in name]:
             weights[name] = half_rotation(weights[name], config.n_head, config.n_embd)
-    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     try:
-        return _filled(cls, config, weights, dtype)
+        return _filled(cls, config, weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights are not those of nanoGPT's model. {error}") from error
 
@@ -141,7 +152,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is not read: it holds more than tensors and plain containers, and loading it could run code "
             f"({reason}). If you trust where it is from, save its 'model' and 'model_args' alone."
         ) from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
+    except (RuntimeError, EOFError, KeyError, ValueError, IndexError) as error:  # what torch makes of other files
+        raise ValueError(f"{path} is no file of torch.save: {type(error).__name__} {error}") from error
+    parts = [checkpoint.get(name) for name in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) and part for part in parts):
         raise ValueError(f"{path} holds no 'model' and 'model_args'. Is it a checkpoint of nanoGPT's train.py?")
     return checkpoint
 
@@ -157,18 +171,7 @@ def save_nanogpt(model: Any, path: str | os.PathLike[str]) -> None:
         ValueError: the model has parts that nanoGPT has not; the message names them.
     """
     config = model.config
-    names = ("n_kv_group", "window_size", "attn_logit_softcapping", "final_logit_softcapping")
-    flags = ("use_flash_lobo", "use_qk_norm")
-    plain = {**NANOGPT, **dict.fromkeys(names), **dict.fromkeys(flags, False), "activation_variant": ("gelu", None)}
-    plain["n_kv_group"] = (None, config.n_head)
-    for name in ("linear_variant_attn_proj", "linear_variant_mlp_up", "linear_variant_mlp_down"):
-        plain[name] = (None, "linear")
-    plain["mlp_size"] = (None, 4 * config.n_embd)
-    if strangers := [
-        f"{name}={getattr(config, name)!r}"
-        for name, value in plain.items()
-        if getattr(config, name) not in (value if isinstance(value, tuple) else (value,))
-    ]:
+    if strangers := _not_of_nanogpt(config):
         raise ValueError(f"nanoGPT has no {', '.join(strangers)}. Only models of its own parts can be exported.")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     weights[POSITIONS] = weights.pop(OUR_POSITIONS)
@@ -194,11 +197,33 @@ def half_rotation(weight: Tensor, n_head: int, n_embd: int) -> Tensor:
     return torch.cat((*turned, v))
 
 
+def _not_of_nanogpt(config: NanoGPTConfig) -> list[str]:
+    """Fields that nanoGPT's model has no word for, with their values."""
+    none = dict.fromkeys(("window_size", "attn_logit_softcapping", "final_logit_softcapping"))
+    off = dict.fromkeys(("use_flash_lobo", "use_qk_norm"), False)
+    linear = dict.fromkeys(("linear_variant_attn_proj", "linear_variant_mlp_up", "linear_variant_mlp_down"), "linear")
+    allowed: dict[str, Any] = {**NANOGPT, **none, **off, **linear}
+    either = {
+        "activation_variant": ("gelu", None),
+        "n_kv_group": (None, config.n_head),
+        "mlp_size": (4 * config.n_embd,) if config.mlp_expansion_factor != 4 else (None, 4 * config.n_embd),
+    }
+    del allowed["mlp_expansion_factor"]
+    return [
+        f"{name}={getattr(config, name)!r}"
+        for name in {**allowed, **either}
+        if any(config.of_layer(name, i) not in either.get(name, (allowed.get(name),)) for i in range(config.n_layer))
+    ]
+
+
 def _our_name(name: str) -> str:
     return OUR_POSITIONS if name == POSITIONS else name
 
 
-def _filled(cls: type, config: NanoGPTConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    model = cls(config).to(dtype)
-    model.load_state_dict(weights)
+def _filled(cls: type, config: NanoGPTConfig, weights: dict[str, Tensor]) -> Any:
+    """A model of copies of the weights: made without any, so that none are drawn in vain."""
+    with torch.device("meta"):
+        model = cls(config)
+    model.load_state_dict({name: value.detach().clone().contiguous() for name, value in weights.items()}, assign=True)
+    model.tie_weights()
     return model.eval()

@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Context, TokenMixer
-from .caching import visible_keys
+from .attention import TokenMixer
 from .configuration_nanogpt import NanoGPTConfig
+from .context import Context, counted_positions, documents_of, explicit_mask, layer_mask, padding_mask
 from .linear import Linear
 from .output_softmax import OutputSoftmax
 from .registry import Component, variant
+
+
+logger = logging.get_logger(__name__)
 
 
 class NanoGPTBlock(GradientCheckpointingLayer):
@@ -103,8 +104,12 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         grads = torch.autograd.grad(loss, model.parameters(), create_graph=True)
         ```
         """
-        with sdpa_kernel(SDPBackend.MATH):
+        body = self.base_model
+        before, body.is_open = body.is_open, True  # kept in each forward's context, also for its recomputation
+        try:
             yield
+        finally:
+            body.is_open = before
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -131,11 +136,13 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.rotary_dims = sorted({block.attn.rotary_dim for block in self.h} - {0})
         # Window -> the first layer that has it: layers of one window see the same keys.
         self.windows = {block.attn.window: i for i, block in reversed(list(enumerate(self.h))) if block.attn.uses_keys}
-        self.is_recurrent = any(not block.attn.uses_keys for block in self.h)
+        self.is_recurrent = self._is_stateful = any(not block.attn.uses_keys for block in self.h)
+        self.counts_padding = any(block.attn.counts_padding for block in self.h)
+        self.rotation = config.rotation_variant
+        self.is_open = False  # whether attention computes its weights openly; see second_order
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -155,7 +162,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 included; or a bool `[B or 1, 1, S, K]`, True where a query may look, for models of keys only.
             position_ids (`Tensor`, *optional*): `[B or 1, S]`; default counts the tokens that are not padding.
             past_key_values (`Cache`, *optional*): what went before; it is extended.
-            use_cache (`bool`, *optional*): whether to make a cache if there is none.
+            use_cache (`bool`, *optional*): whether to make a cache if there is none; default as the configuration
+                says, and not while training.
 
         Raises:
             ValueError: not one of `input_ids` and `inputs_embeds`, positions past the table, a mask of another shape.
@@ -163,11 +171,15 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                "output_attentions=True needs model.set_attn_implementation('eager'): others give none."
+            )
         context = self._context(x, attention_mask, position_ids, past_key_values)
-        if "abs_pos" in self.positions:
-            self._check_absolute(context.position_ids)
         for position in self.positions.values():
             if position.place == "embedding":
                 x = x + position(context.position_ids)
@@ -183,79 +195,53 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         batch, tokens = x.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
         queries = torch.arange(tokens, device=x.device) + past
-        mask_4d = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-        key_mask = None if mask_4d is not None else self._key_mask(attention_mask, batch, tokens, past)
-        if position_ids is None:
-            position_ids = queries[None] if key_mask is None else _counted_positions(key_mask, tokens)
-        rotations = {}
-        if self.rotary_dims:
-            rotary, longest = self.positions["rotary"], self._longest(position_ids, past, tokens)
-            rotations = {dim: rotary(position_ids, dim, x.dtype, longest) for dim in self.rotary_dims}
-        if mask_4d is not None and self.is_recurrent:
-            raise ValueError(
-                f"attention_mask of shape {tuple(mask_4d.shape)} says which keys each query sees, and this model has "
-                "layers without keys. Pass a mask [batch, tokens] of padding."
-            )
-        token_mask = key_mask[:, -tokens:].bool() if key_mask is not None and self.is_recurrent else None
-        masks = {w: self._mask(w, i, queries, key_mask, mask_4d, cache) for w, i in self.windows.items()}
-        sdpa = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
-        return Context(position_ids, queries, token_mask, rotations, masks, sdpa)
+        is_token = allowed = documents = None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            allowed = explicit_mask(attention_mask)
+        elif attention_mask is not None:
+            is_token = padding_mask(attention_mask, batch, int(past) + tokens, holes=not self.counts_padding)
+        if position_ids is not None:
+            longest = int(position_ids.max())
+            if attention_mask is None and tokens > 1 and past == 0:
+                documents = documents_of(position_ids)
+        else:
+            longest = int(past) + tokens - 1
+            position_ids = queries[None] if is_token is None else counted_positions(is_token, tokens)
+        self._check_reach(longest, allowed, documents)
+        masks = {}
+        for window, layer_idx in self.windows.items():
+            sizes = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, layer_idx)
+            keys, visible = layer_mask(window, sizes, queries, is_token, documents, int(past) + tokens)
+            masks[window] = (keys, visible if allowed is None else allowed)
+        implementation = self.config._attn_implementation
+        return Context(
+            position_ids=position_ids,
+            queries=queries,
+            token_mask=None if is_token is None else is_token[:, -tokens:],
+            rotations=self._rotations(position_ids, x.dtype, longest),
+            masks=masks,
+            sdpa=None if self.is_open else ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None),
+        )
 
-    @staticmethod
-    def _key_mask(attention_mask: Tensor | None, batch: int, tokens: int, past: Any) -> Tensor | None:
-        """The mask of padding `[B, past + S]`, or None if nothing is padding."""
-        if attention_mask is None or bool(attention_mask.all()):
-            return None
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + tokens:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; needed is [{batch}, {int(past) + tokens}], "
-                "1 for each token of the cache and of the input that is not padding."
-            )
-        return attention_mask
+    def _rotations(self, position_ids: Tensor, dtype: torch.dtype, longest: int) -> dict[int, tuple[Tensor, Tensor]]:
+        if not self.rotary_dims:
+            return {}
+        rotary = self.positions[self.rotation]
+        return {dim: rotary(position_ids, dim, dtype, longest) for dim in self.rotary_dims}
 
-    @staticmethod
-    def _longest(position_ids: Tensor, past: Any, tokens: int) -> int:
-        """The largest position, without waiting for the device where its own count bounds it."""
-        return int(position_ids.max()) if position_ids.shape[0] > 1 else int(past) + tokens
-
-    def _mask(
-        self,
-        window: int | None,
-        layer_idx: int,
-        queries: Tensor,
-        key_mask: Tensor | None,
-        mask_4d: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        tokens = queries.shape[0]
-        length, offset = (tokens, 0) if cache is None else cache.layers[layer_idx].get_mask_sizes(tokens)
-        keys = torch.arange(length, device=queries.device) + offset
-        if mask_4d is not None:
-            return keys, mask_4d if mask_4d.dtype == torch.bool else mask_4d == 0
-        fits = window is None or length <= window
-        if key_mask is None and fits and (length == tokens or (tokens == 1 and not self._is_static(cache))):
-            return keys, None
-        if key_mask is not None:
-            missing = offset + length - key_mask.shape[1]  # places of a static cache that are still empty
-            key_mask = nn.functional.pad(key_mask, (0, max(missing, 0)))[:, offset : offset + length]
-        return keys, visible_keys(queries, keys, key_mask, window)
-
-    @staticmethod
-    def _is_static(cache: Cache | None) -> bool:
-        return cache is not None and cache.get_max_length() >= 0
-
-    def _check_absolute(self, position_ids: Tensor) -> None:
-        longest = int(position_ids.max())
-        if longest >= self.block_size:
+    def _check_reach(self, longest: int, allowed: Tensor | None, documents: Tensor | None) -> None:
+        """ValueError if the positions, or layers with a state, cannot do what is asked."""
+        if "abs_pos" in self.positions and longest >= self.block_size:
             raise ValueError(
                 f"position {longest} is past block_size={self.block_size}, where the absolute positions end. Shorten "
                 "the input, call generate(..., crop_to_block=True), or train with rotary positions alone."
             )
-
-
-def _counted_positions(key_mask: Tensor, tokens: int) -> Tensor:
-    """Position of each of the last tokens among those of its row that are not padding."""
-    return (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        if self.is_recurrent and (allowed is not None or documents is not None):
+            given = "an attention_mask of 4 dimensions" if documents is None else "position_ids that restart"
+            raise ValueError(
+                f"{given}: this model has layers that carry a state over all tokens of a row. Pass one document a "
+                "row, and an attention_mask [batch, tokens] of its padding."
+            )
 
 
 class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
@@ -272,6 +258,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.transformer = NanoGPTModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.vocab_size, self.softcap = config.vocab_size, config.final_logit_softcapping
+        self._is_stateful = self.transformer.is_recurrent  # what generate asks before it goes back some tokens
         self.post_init()
 
     @can_return_tuple
@@ -294,7 +281,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             labels (`Tensor`, *optional*): `[B, S]`, the input ids; each position predicts the next label. -100 does
                 not count.
             shift_labels (`Tensor`, *optional*): `[B, S]`, what each position itself predicts: nanoGPT's y, which
-                counts the last position too.
+                counts the last position too. `Trainer` counts -100 as a token there when it accumulates gradients.
             logits_to_keep (`int` or `Tensor`, defaults to 0): how many last positions to compute; 0 for all.
 
             The others are those of [`NanoGPTModel`].
@@ -306,6 +293,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -331,30 +319,52 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return attention_mask
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, crop_to_block: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        crop_to_block: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does; with `crop_to_block` only the last `block_size` tokens are read, anew each time."""
-        if not crop_to_block:
-            return super().prepare_inputs_for_generation(input_ids, **kwargs)
-        kept = {"input_ids": input_ids[:, -self.config.block_size :], "use_cache": False}
-        if (mask := kwargs.get("attention_mask")) is not None:
-            kept["attention_mask"] = mask[:, -self.config.block_size :]
-        return kept
+        if crop_to_block:
+            input_ids = input_ids[:, -self.config.block_size :]
+            attention_mask = None if attention_mask is None else attention_mask[:, -self.config.block_size :]
+            kwargs.pop("position_ids", None)  # counted from the first token that is left
+        return super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As `GenerationMixin.generate`, with probabilities by `softmax_variant_output`.
 
         Args:
             crop_to_block (`bool`, defaults to `False`): go on past `block_size` by reading the last `block_size`
                 tokens anew at each step, without a cache, as nanoGPT does. Absolute positions have no other way.
+
+        Raises:
+            ValueError: beams are asked of a `softmax_variant_output` other than softmax.
         """
         if kwargs.get("crop_to_block"):
             kwargs["use_cache"] = False
-        if self.config.softmax_variant_output != "softmax":
+        if (name := self.config.softmax_variant_output) != "softmax":
+            beams = kwargs.get("num_beams") or getattr(generation_config or self.generation_config, "num_beams", None)
+            if (beams or 1) > 1:
+                raise ValueError(
+                    f"num_beams={beams} adds log-probabilities of softmax, and softmax_variant_output={name!r}. "
+                    "Sample, or set model.config.softmax_variant_output='softmax'."
+                )
             own = OutputSoftmax(self.config).to(self.device)
-            kwargs["logits_processor"] = LogitsProcessorList([own, *(kwargs.get("logits_processor") or [])])
-        return super().generate(inputs, *args, **kwargs)
+            logits_processor = LogitsProcessorList([own, *(logits_processor or [])])
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     @classmethod
     def from_gpt2(cls, model: Any, **kwargs: Any) -> "NanoGPTForCausalLM":

@@ -23,9 +23,9 @@ class OutputSoftmax(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Log weights `[B, W]` of logits `[B, W]`; rows whose weights are all zero keep their logits."""
+        """Log-probabilities `[B, W]` of logits `[B, W]`; rows whose weights are all zero keep their logits."""
         allowed = torch.isfinite(scores)[:, None, None, :]
         logits = scores.float()[:, None, None, :].masked_fill(~allowed, 0.0)
         weights = self.weighting(logits, allowed)[:, 0, 0]
         is_empty = weights.sum(-1, keepdim=True) == 0
-        return torch.where(is_empty, scores, weights.log().to(scores.dtype))
+        return torch.where(is_empty, scores, weights.log().to(scores.dtype)).log_softmax(-1)

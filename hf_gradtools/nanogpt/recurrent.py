@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from .attention import Context, TokenMixer
+from .attention import TokenMixer
 from .caching import recurrent_layer
+from .context import Context
 from .costs import Ops
 from .linear import build_linear
 from .registry import register
@@ -138,6 +139,8 @@ class SelectiveStateSpace(TokenMixer):
     Delta = softplus(W_dt Delta + b); A = -exp(A_log); h_t = e^(Delta_t A) h_{t-1} + Delta_t B_t u_t;
     y = C_t . h_t + D u_t; out = W_out RMSNorm(y SiLU(z)).
     """
+
+    counts_padding = True  # in the convolution
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
