@@ -87,8 +87,8 @@ class OffByOne(Component):
 
     def forward(self, q: Tensor) -> Tensor:
         """The score `[B, H, S, 1]` of the key that stands for it, for queries `[B, H, S, D]`."""
-        const = q.new_full((1,), self.initial) if self.log_const is None else self.log_const.to(q.dtype)
-        return const.view(1, -1, 1, 1).expand(q.shape[0], self.n_head, q.shape[2], 1)
+        const = self.initial if self.log_const is None else self.log_const.to(q.dtype).view(1, -1, 1, 1)
+        return q.new_zeros(q.shape[0], self.n_head, q.shape[2], 1) + const
 
 
 class ScoredAttention(TokenMixer):
