@@ -95,10 +95,31 @@ class TransformersActivation(Activation):
         return self.function(x)
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
-        raise NotImplementedError(
-            f"activation_variant={self.name!r} has no count of operations. Those with one: "
-            + ", ".join(name for name, cls in VARIANTS["activation"].items() if hasattr(cls, "per_element"))
-        )
+        if self.name not in COUNTED:
+            own = [name for name, cls in VARIANTS["activation"].items() if hasattr(cls, "per_element")]
+            raise ValueError(
+                f"activation_variant={self.name!r}: nobody counted its operations. Those with a count: "
+                f"{', '.join(sorted({*own, *COUNTED}))}."
+            )
+        return tokens * COUNTED[self.name]
+
+
+SIGMOID = Ops(exp=1, add=1, div=1)
+COUNTED = {
+    **dict.fromkeys(("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), GeluTanh.per_element),
+    "gelu_python": Gelu.per_element,
+    "hardswish": Ops(add=1, max=2, mul=2),
+    "leaky_relu": Ops(max=1, mul=1),
+    "linear": Ops(),
+    "mish": Ops(exp=1, add=1, log=1, tanh=1, mul=1),
+    "prelu": Ops(max=1, mul=1),
+    "quick_gelu": SIGMOID + Ops(mul=2),
+    "relu2": SquaredRelu.per_element,
+    "relu6": Ops(max=2),
+    "sigmoid": SIGMOID,
+    "swish": Silu.per_element,
+    "tanh": Ops(tanh=1),
+}
 
 
 for _name in ACT2FN:

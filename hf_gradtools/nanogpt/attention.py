@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from .caching import recurrent_layer
 from .context import Context
 from .costs import Ops
-from .linear import build_linear
+from .linear import build_linear, linear_ops
 from .positions import rotate
 from .registry import Component, register, variant
 
@@ -33,8 +33,8 @@ class TokenMixer(Component):
         self.layer_idx = layer_idx
         self.dropout = config.dropout
 
-    def state_numbers(self, context: int) -> int:
-        """Numbers kept in the cache of one sequence of `context` tokens."""
+    def state_bytes(self, context: int, bytes_per_number: int) -> int:
+        """Bytes kept in the cache of one sequence of `context` tokens."""
         return 0
 
 
@@ -176,7 +176,7 @@ class ScoredAttention(TokenMixer):
             k, v = (nn.functional.pad(x, (0, 0, 1, 0)) for x in (k, v))  # a key of zeros in front, and its value
         dropout = self.dropout if self.training else 0.0
         return context.sdpa(
-            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, is_causal=mask is None and q.shape[2] > 1
+            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, is_causal=q.shape[2] > 1 and mask is None
         )
 
     def _attend_openly(
@@ -184,22 +184,25 @@ class ScoredAttention(TokenMixer):
     ) -> tuple[Tensor, Tensor]:
         if self.num_key_value_groups > 1:
             k, v = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2)) * self.scaling
+        scores = q @ k.transpose(-1, -2)
+        scores = (
+            scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
+        )  # exponentials overflow half
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
         if self.off_by_one is not None:
-            scores = torch.cat((self.off_by_one(q), scores), dim=-1)
+            scores = torch.cat((self.off_by_one(q).to(scores.dtype), scores), dim=-1)
             allowed = nn.functional.pad(allowed, (1, 0), value=True)
         weights = self.weighting(scores, allowed).to(v.dtype)
         if self.off_by_one is not None:
             weights = weights[..., 1:]
         return (self.drop(weights) @ v).transpose(1, 2), weights
 
-    def state_numbers(self, context: int) -> int:
+    def state_bytes(self, context: int, bytes_per_number: int) -> int:
         kept = context if self.window is None else min(context, self.window)
-        return kept * self.n_kv_group * (self.head_dim + self.value_dim)
+        return kept * self.n_kv_group * (self.head_dim + self.value_dim) * bytes_per_number
 
     def attention_ops(self, tokens: int, pairs: int) -> Ops:
         """Of [`attend`]."""
@@ -246,7 +249,7 @@ class CausalAttention(ScoredAttention):
         return self.drop(self.c_proj(y.reshape(x.shape))), weights
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
-        return self.c_attn.ops(tokens) + self.attention_ops(tokens, pairs) + self.c_proj.ops(tokens)
+        return linear_ops(self.c_attn, tokens) + self.attention_ops(tokens, pairs) + linear_ops(self.c_proj, tokens)
 
 
 @register("attention", "infinite")
@@ -275,5 +278,5 @@ class InfiniteAttention(ScoredAttention):
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         summed = 0 if self.concat_heads else tokens * self.n_head * self.value_dim
-        count = self.c_attn.ops(tokens) + self.attention_ops(tokens, pairs) + self.c_proj.ops(tokens)
+        count = linear_ops(self.c_attn, tokens) + self.attention_ops(tokens, pairs) + linear_ops(self.c_proj, tokens)
         return count + Ops(add=summed)

@@ -3,7 +3,7 @@
 from .activations import Activation
 from .attention import TokenMixer
 from .latent import LatentAttention
-from .linear import Linear
+from .linear import RoundedLinear
 from .mlp import FeedForward
 from .norms import Norm
 from .positions import Position
@@ -18,9 +18,9 @@ __all__ = [
     "Component",
     "FeedForward",
     "LatentAttention",
-    "Linear",
     "Norm",
     "Position",
+    "RoundedLinear",
     "SelectiveStateSpace",
     "Softmax",
     "TokenMixer",

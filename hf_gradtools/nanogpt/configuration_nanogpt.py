@@ -59,6 +59,7 @@ AT_LEAST_ONE = (
     "ssm_d_state",
     "fire_mlp_width",
     "kan_poly_order",
+    "kan_middle_layers",
 )
 POSITIVE = (
     "norm_eps",
@@ -250,6 +251,7 @@ class NanoGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "sliding_window" in kwargs:
             raise ValueError(f"sliding_window={kwargs['sliding_window']!r}: say window_size, which it follows from.")
+        kwargs.pop("layer_types", None)  # follows from attention_variant; transformers may have written it
         self._warn_of_typos(kwargs)
         super().__post_init__(**kwargs)  # takes n_layer and the like by their other names: nothing before it
         for name in set(self.attribute_map.values()):
@@ -386,7 +388,7 @@ class NanoGPTConfig(PreTrainedConfig):
                 f"window_size={self.window_size}: a query that sees itself alone mixes nothing. Use >= 2."
             )
         if len({window for window in windows if window is not None}) > 1:
-            raise ValueError(f"window_size={self.window_size} has several sizes. Mix one size with null (no window).")
+            raise ValueError(f"window_size={self.window_size} has several sizes. Mix one size with none at all.")
 
     def validate_pairs(self) -> None:
         """Choices that do not exclude each other."""

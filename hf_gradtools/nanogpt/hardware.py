@@ -82,25 +82,27 @@ def hardware_report(config: NanoGPTConfig, context: int | None = None, bytes_per
     Args:
         config (`NanoGPTConfig`): the configuration; nothing is trained or allocated.
         context (`int`, *optional*): T; default `block_size`.
-        bytes_per_number (`int`, defaults to 2): of keys, values and states, 2 for bfloat16.
+        bytes_per_number (`int`, defaults to 2): of keys and values, 2 for bfloat16. The states of linear attention and
+            ssm take at least 4.
 
     Raises:
         ValueError: `context` is below 1, or past absolute positions.
-        NotImplementedError: a part does not say what it costs.
+        ValueError: nobody counted the operations of an activation of transformers.
+        NotImplementedError: a part of the user's own does not say what it costs.
     """
     context = config.block_size if context is None else context
-    if context < 1:
-        raise ValueError(f"context={context} must be at least 1.")
+    for name, value in (("context", context), ("bytes_per_number", bytes_per_number)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     if config.use_abs_pos_embeddings and context > config.block_size:
         raise ValueError(f"context={context} is past block_size={config.block_size}, where absolute positions end.")
     with torch.device("meta"):
         model = NanoGPTForCausalLM(config)
     model.tie_weights()
-    numbers = sum(block.attn.state_numbers(context) for block in model.transformer.h)
     return HardwareReport(
         context=context,
         params=sum(p.numel() for p in model.parameters()),
-        state_bytes=numbers * bytes_per_number,
+        state_bytes=sum(block.attn.state_bytes(context, bytes_per_number) for block in model.transformer.h),
         decode=_ops_by_part(model, 1, lambda window: _visible(context, window)),
         prefill=_ops_by_part(model, context, lambda window: _visible_by_all(context, window)),
         bytes_per_number=bytes_per_number,

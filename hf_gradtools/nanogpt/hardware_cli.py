@@ -11,6 +11,7 @@ import typer
 import yaml
 
 from hf_gradtools.core.atomic import write_json_atomically
+from hf_gradtools.hub import is_hub_id
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.costs import KINDS_OF_OPS, Ops
 from hf_gradtools.nanogpt.hardware import HardwareReport, compare, hardware_report
@@ -68,6 +69,8 @@ def load_config(name: str) -> NanoGPTConfig:
         ValueError: the file is no mapping of flags.
     """
     path = Path(name)
+    if not path.exists() and not is_hub_id(name):
+        raise ValueError(f"--compare {name}: there is no such file or folder, and it is no Hub id.")
     if path.suffix not in (".yaml", ".yml", ".json"):
         return NanoGPTConfig.from_pretrained(name)
     text = path.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from .attention import ScoredAttention
 from .context import Context
 from .costs import Ops
-from .linear import build_linear
+from .linear import build_linear, linear_ops
 from .positions import rotate
 from .registry import Component, register
 
@@ -83,13 +83,13 @@ class LatentAttention(ScoredAttention):
         k, _ = cache.update(k, v[..., :0], self.layer_idx)  # the values are in the keys
         return k, k[..., : self.latent_dim]
 
-    def state_numbers(self, context: int) -> int:
+    def state_bytes(self, context: int, bytes_per_number: int) -> int:
         kept = context if self.window is None else min(context, self.window)
-        return kept * self.head_dim
+        return kept * self.head_dim * bytes_per_number
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         n = self.latent_dim
         norm = Ops(mul=3 * n + 1, add=n + 1, sqrt=1, div=1) * tokens
         absorbed = self.w_k.ops(tokens) + self.w_v.ops(tokens)
-        ends = self.c_attn.ops(tokens) + self.c_proj.ops(tokens)
+        ends = linear_ops(self.c_attn, tokens) + linear_ops(self.c_proj, tokens)
         return ends + norm + absorbed + self.attention_ops(tokens, pairs)

@@ -22,28 +22,32 @@ def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
 
 
 @register("linear", "linear")
-class Linear(nn.Linear):
-    """x W^T + b."""
+def linear(config: Any, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """x W^T + b: torch's own class and no other, which is what bitsandbytes looks for."""
+    return nn.Linear(in_features, out_features, bias=bias)
 
-    residual_projection = False  # the model starts those that add to the residual stream smaller
+
+class RoundedLinear(nn.Linear):
+    """Base of the linear maps that round in training as they will in use."""
 
     def __init__(self, config: Any, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias=bias)
 
-    def ops(self, tokens: int, pairs: int = 0) -> Ops:
+    def ops(self, tokens: int) -> Ops:
+        """Operations for `tokens` vectors."""
         bias = self.out_features if self.bias is not None else 0
         return Ops(mac=self.in_features * self.out_features, add=bias) * tokens
 
 
 @register("linear", "bitlinear_1p58")
-class BitLinear(Linear):
+class BitLinear(RoundedLinear):
     """Weights in {-1, 0, 1} times their mean magnitude, inputs in 8 bits per token (b1.58, arXiv 2402.17764)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = straight_through(ternary(self.weight), self.weight)
         return F.linear(straight_through(absmax_8bit(x), x), weight, self.bias)
 
-    def ops(self, tokens: int, pairs: int = 0) -> Ops:
+    def ops(self, tokens: int) -> Ops:
         # Products with -1, 0 and 1 are additions; each input is scaled by 127 / max |x|, each output by both scales.
         n_in, n_out = self.in_features, self.out_features
         bias = n_out if self.bias is not None else 0
@@ -51,7 +55,7 @@ class BitLinear(Linear):
 
 
 @register("linear", "quantized_linear")
-class QuantizedLinear(Linear):
+class QuantizedLinear(RoundedLinear):
     """Weights rounded to `quantize_linear_bits` bits, symmetric, one scale per output, while they train."""
 
     def __init__(self, config: Any, in_features: int, out_features: int, bias: bool):
@@ -103,5 +107,10 @@ def build_linear(
     """
     bias = config.bias if bias is None else bias
     linear = variant("linear", config.of_layer(field, layer_idx))(config, in_features, out_features, bias)
-    linear.residual_projection = residual
+    linear.residual_projection = residual  # the model starts those smaller
     return linear
+
+
+def linear_ops(module: nn.Module, tokens: int) -> Ops:
+    """Operations of a linear map for `tokens` vectors."""
+    return module.ops(tokens) if isinstance(module, RoundedLinear) else RoundedLinear.ops(module, tokens)

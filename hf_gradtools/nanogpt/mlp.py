@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activations import build_activation
 from .costs import Ops
-from .linear import build_linear
+from .linear import build_linear, linear_ops
 from .registry import Component, register
 
 
@@ -48,7 +48,7 @@ class MLP(FeedForward):
         return self.drop(self.c_proj(self.act(self.c_fc(x))))
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
-        return self.c_fc.ops(tokens) + self.act.ops(tokens * self.size) + self.c_proj.ops(tokens)
+        return linear_ops(self.c_fc, tokens) + self.act.ops(tokens * self.size) + linear_ops(self.c_proj, tokens)
 
 
 @register("mlp", "swiglu")
@@ -67,7 +67,12 @@ class SwiGLU(FeedForward):
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         hidden = tokens * self.size
-        return 2 * self.c_fc.ops(tokens) + self.act.ops(hidden) + Ops(mul=hidden) + self.c_proj.ops(tokens)
+        return (
+            2 * linear_ops(self.c_fc, tokens)
+            + self.act.ops(hidden)
+            + Ops(mul=hidden)
+            + linear_ops(self.c_proj, tokens)
+        )
 
 
 @register("mlp", "identity")
@@ -121,7 +126,7 @@ class KALLayer(Component):
         recursion = Ops(mul=4, add=1) * (max(self.order - 1, 0) * inputs)
         n = self.out_features
         norm = Ops(add=4 * n + 1, mul=3 * n + 2, sqrt=1, div=1) * tokens
-        linears = self.base.ops(tokens) + self.poly.ops(tokens) + Ops(add=outputs)
+        linears = linear_ops(self.base, tokens) + linear_ops(self.poly, tokens) + Ops(add=outputs)
         return self.act.ops(inputs + outputs) + Ops(tanh=inputs) + recursion + linears + norm
 
 

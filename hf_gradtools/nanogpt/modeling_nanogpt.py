@@ -22,7 +22,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import TokenMixer
 from .configuration_nanogpt import NanoGPTConfig
 from .context import Context, counted_positions, documents_of, explicit_mask, layer_mask, padding_mask
-from .linear import Linear
 from .output_softmax import OutputSoftmax
 from .registry import Component, variant
 
@@ -80,7 +79,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NanoGPTBlock, "attentions": TokenMixer}
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Linear) and module.residual_projection:
+        if isinstance(module, nn.Linear) and getattr(module, "residual_projection", False):  # see build_linear
             init.normal_(module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -21,12 +21,18 @@ from .attention import TokenMixer
 from .caching import recurrent_layer
 from .context import Context
 from .costs import Ops
-from .linear import build_linear
+from .linear import build_linear, linear_ops
 from .registry import register
 
 
 LINEAR_CHUNK = 64
 SCAN_CHUNK = 16
+STATE_BYTES = 4  # of a number in a state: sums over thousands of tokens are kept in float32
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float32, if they are narrower."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,13 +120,15 @@ class LinearAttention(TokenMixer):
         if context.token_mask is not None:
             k = k * context.token_mask[:, None, :, None].to(k.dtype)
         cache = recurrent_layer(past_key_values, self.layer_idx)
-        y, state = linear_attention(q, k, v, cache.states.get("kv") if cache is not None else None)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = linear_attention(*_wide(q, k, v), cache.states.get("kv") if cache is not None else None)
         if cache is not None:
             cache.advance(tokens, kv=state)
-        return self.drop(self.c_proj(y.transpose(1, 2).reshape(batch, tokens, n_embd))), None
+        y = y.to(v.dtype).transpose(1, 2).reshape(batch, tokens, n_embd)
+        return self.drop(self.c_proj(y)), None
 
-    def state_numbers(self, context: int) -> int:
-        return self.n_head * self.head_dim * (self.head_dim + 1)
+    def state_bytes(self, context: int, bytes_per_number: int) -> int:
+        return self.n_head * self.head_dim * (self.head_dim + 1) * max(bytes_per_number, STATE_BYTES)
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         n, d = self.n_head, self.head_dim
@@ -128,7 +136,12 @@ class LinearAttention(TokenMixer):
         # The state's update and its reading; the column of ones takes additions to update and products to read.
         state = Ops(mac=2 * d * d + d, add=d)
         divided = Ops(div=1, mul=d)
-        return self.c_attn.ops(tokens) + features + (state + divided) * (n * tokens) + self.c_proj.ops(tokens)
+        return (
+            linear_ops(self.c_attn, tokens)
+            + features
+            + (state + divided) * (n * tokens)
+            + linear_ops(self.c_proj, tokens)
+        )
 
 
 @register("attention", "ssm")
@@ -182,26 +195,35 @@ class SelectiveStateSpace(TokenMixer):
         past = u.new_zeros(u.shape[0], self.kernel - 1, self.channels) if past is None else past
         seen = torch.cat((past, u), dim=1)
         u = F.silu(self.conv(seen.transpose(1, 2)).transpose(1, 2))
-        y, state = self._scan(u, mask, states.get("ssm"))
+        delta, b, c = self.x_proj(u).split((self.rank, self.d_state, self.d_state), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = self._scan(*_wide(u, delta, b, c), mask, states.get("ssm"))
+        y = y.to(z.dtype)
         if cache is not None:
             cache.advance(tokens, conv=seen[:, seen.shape[1] - self.kernel + 1 :], ssm=state)
         return self.drop(self.out_proj(self.out_norm(y * F.silu(z)))), None
 
-    def _scan(self, u: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """y `[B, S, C]` and the last state `[B, C, N]`, for u `[B, S, C]` after the convolution."""
-        delta, b, c = self.x_proj(u).split((self.rank, self.d_state, self.d_state), dim=-1)
-        delta = F.softplus(F.linear(self.dt_norm(delta), self.dt_weight, self.dt_bias))
+    def _scan(
+        self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, mask: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y `[B, S, C]` and the last state `[B, C, N]`, for u `[B, S, C]` after the convolution and what it chooses.
+
+        In float32 at least: a decay of e^-0.001 is 1 in bfloat16, and a sum of a thousand terms grows no more.
+        """
+        dt_weight, dt_bias, a_log, skip = _wide(self.dt_weight, self.dt_bias, self.A_log, self.D)
+        delta, b, c = (norm(x) for norm, x in ((self.dt_norm, delta), (self.b_norm, b), (self.c_norm, c)))
+        delta = F.softplus(F.linear(delta, dt_weight, dt_bias))
         if mask is not None:
             delta = delta * mask[..., None].to(delta.dtype)  # no time passes at padding: the state stays
-        decay = torch.exp(delta[..., None] * -torch.exp(self.A_log))
-        inputs = (delta * u)[..., None] * self.b_norm(b)[:, :, None, :]
+        decay = torch.exp(delta[..., None] * -torch.exp(a_log))
+        inputs = (delta * u)[..., None] * b[:, :, None, :]
         state = torch.zeros_like(inputs[:, 0]) if state is None else state
         h, state = linear_recurrence(decay, inputs, state)
-        y = torch.einsum("bscn,bsn->bsc", h, self.c_norm(c))
-        return y + self.D * u, state
+        return torch.einsum("bscn,bsn->bsc", h, c) + skip * u, state
 
-    def state_numbers(self, context: int) -> int:
-        return self.channels * (self.d_state + self.kernel - 1)
+    def state_bytes(self, context: int, bytes_per_number: int) -> int:
+        conv, state = (self.kernel - 1) * bytes_per_number, self.d_state * max(bytes_per_number, STATE_BYTES)
+        return self.channels * (conv + state)
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         c, n, r = self.channels, self.d_state, self.rank
@@ -212,4 +234,9 @@ class SelectiveStateSpace(TokenMixer):
         scan = Ops(mul=3 * c * n, exp=c * n, add=c * n) + Ops(mul=c)  # -exp(A_log) is a constant of the trained model
         out = Ops(mac=c * n, mul=c, add=c) + Ops(mul=c)
         own = norms + silus + conv + delta + scan + out
-        return self.in_proj.ops(tokens) + self.x_proj.ops(tokens) + tokens * own + self.out_proj.ops(tokens)
+        return (
+            linear_ops(self.in_proj, tokens)
+            + linear_ops(self.x_proj, tokens)
+            + tokens * own
+            + linear_ops(self.out_proj, tokens)
+        )
