@@ -188,7 +188,7 @@ def loops(shape: Shape, positions: str, folder: Path) -> dict[str, Work]:
     result = {
         BARE: bare_loop(bare(shape, positions), tokens, shape),
         "**ours** in Trainer": our_trainer(ours(shape, positions), data, shape, folder / "out"),
-        "GPT2LMHeadModel in Trainer": plain_trainer(hf_gpt2(shape), tokens, shape, folder / "out"),
+        "GPT2LMHeadModel in Trainer (absolute)": plain_trainer(hf_gpt2(shape), tokens, shape, folder / "out"),
     }
     if has_litgpt():
         result["litgpt's GPT in the bare loop (rotary)"] = bare_loop(litgpt(shape), tokens, shape, loss_of=litgpt_loss)
