@@ -185,9 +185,8 @@ class ScoredAttention(TokenMixer):
         if self.num_key_value_groups > 1:
             k, v = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2)
-        scores = (
-            scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
-        )  # exponentials overflow half
+        # In float32 at least: exponentials overflow half precision.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
 RECURRENT = "nanogpt_recurrent"
 
 
-class RecurrentStateLayer(CacheLayerMixin):
+class RecurrentStateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """Named states whose size does not grow, and how many tokens have gone into them.
 
     `DynamicCache(config=...)` and `StaticCache(config=...)` make one for each layer of type "nanogpt_recurrent".
@@ -26,8 +26,11 @@ class RecurrentStateLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
+    is_compileable = False  # it counts in Python
+    is_croppable = False
+
     def __init__(self, **kwargs: Any):
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.states: dict[str, Tensor] = {}
         self.seen_tokens = 0
 
@@ -43,6 +46,11 @@ class RecurrentStateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a recurrent layer keeps no keys and values: call advance()")
 
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("a layer of ours is replaced as a whole: call advance()")
+
+    update_recurrent_state = update_conv_state
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen_tokens + query_length, 0
 
@@ -53,10 +61,10 @@ class RecurrentStateLayer(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        self._map(lambda state: state.to("cpu", non_blocking=True))
+        """Stays: an offloaded cache passes over layers of linear attention, whose states are small."""
 
     def prefetch(self) -> None:
-        """States follow the hidden states' device when they are used."""
+        """Never went away."""
 
     def reset(self) -> None:
         self.states, self.seen_tokens, self.is_initialized = {}, 0, False

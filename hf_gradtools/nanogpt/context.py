@@ -59,7 +59,8 @@ def padding_mask(attention_mask: Tensor, batch: int, length: int, *, holes: bool
         if bool((starts > 1).any()):
             raise ValueError(
                 "attention_mask has padding between the tokens of a row, which a window, FIRE and ssm would count as "
-                "tokens. Pad on the left (tokenizer.padding_side='left') before more tokens follow."
+                "tokens. Pad on the left (tokenizer.padding_side='left') before more tokens follow; and pass generate "
+                "an attention_mask if its pad_token_id occurs as a token."
             )
     return is_token
 
@@ -89,7 +90,7 @@ def counted_positions(is_token: Tensor, tokens: int) -> Tensor:
 
 def documents_of(position_ids: Tensor) -> Tensor | None:
     """Number of the document of each token `[B or 1, S]` in packed rows, whose positions restart; else None."""
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
     if not bool(restarts.any()):
         return None
     return nn.functional.pad(restarts.long().cumsum(-1), (1, 0))

@@ -66,7 +66,7 @@ class LatentAttention(ScoredAttention):
 
     def forward(self, x: Tensor, context: Context, past_key_values: Cache | None = None) -> tuple[Tensor, Any]:
         q, q_turned, latent, k_turned = self.c_attn(x).split(self.sizes, dim=-1)
-        latent = self.latent_norm(latent)
+        latent = self.latent_norm(latent.to(self.latent_norm.weight.dtype))  # its own, also under autocast
         q = self.w_k(q.unflatten(-1, (self.n_head, -1)))
         k = latent.unsqueeze(2)
         if self.rotary_dim:

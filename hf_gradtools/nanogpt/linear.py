@@ -82,7 +82,7 @@ def symmetric(weight: Tensor, bits: int) -> Tensor:
     """Each row rounded to 2^bits - 1 levels between its largest magnitude and minus that."""
     levels = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / levels
-    return (weight / scale).round() * scale
+    return (weight / scale).round().clamp(-levels, levels) * scale
 
 
 def build_linear(

@@ -195,10 +195,12 @@ class SelectiveStateSpace(TokenMixer):
         past = u.new_zeros(u.shape[0], self.kernel - 1, self.channels) if past is None else past
         seen = torch.cat((past, u), dim=1)
         u = F.silu(self.conv(seen.transpose(1, 2)).transpose(1, 2))
-        delta, b, c = self.x_proj(u).split((self.rank, self.d_state, self.d_state), dim=-1)
+        chosen = self.x_proj(u).to(self.D.dtype)  # the norms' own, also under autocast
+        delta, b, c = chosen.split((self.rank, self.d_state, self.d_state), dim=-1)
+        delta, b, c = self.dt_norm(delta), self.b_norm(b), self.c_norm(c)
         with torch.autocast(x.device.type, enabled=False):
             y, state = self._scan(*_wide(u, delta, b, c), mask, states.get("ssm"))
-        y = y.to(z.dtype)
+        y = y.to(self.D.dtype)
         if cache is not None:
             cache.advance(tokens, conv=seen[:, seen.shape[1] - self.kernel + 1 :], ssm=state)
         return self.drop(self.out_proj(self.out_norm(y * F.silu(z)))), None
@@ -211,7 +213,6 @@ class SelectiveStateSpace(TokenMixer):
         In float32 at least: a decay of e^-0.001 is 1 in bfloat16, and a sum of a thousand terms grows no more.
         """
         dt_weight, dt_bias, a_log, skip = _wide(self.dt_weight, self.dt_bias, self.A_log, self.D)
-        delta, b, c = (norm(x) for norm, x in ((self.dt_norm, delta), (self.b_norm, b), (self.c_norm, c)))
         delta = F.softplus(F.linear(delta, dt_weight, dt_bias))
         if mask is not None:
             delta = delta * mask[..., None].to(delta.dtype)  # no time passes at padding: the state stays
