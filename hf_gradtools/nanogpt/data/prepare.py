@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
+import json
 import os
 import shutil
 import tempfile
@@ -28,6 +31,9 @@ from hf_gradtools.nanogpt.data.tokenizers import (
 __all__ = ["prepare"]
 
 COPIED_BYTES = 1 << 24
+UNFINISHED = ".unfinished"
+FILES = "files"  # of a dataset, in its meta.json
+OLD, NEW = "old", "new"  # in an unfinished folder
 
 
 def prepare(
@@ -44,7 +50,8 @@ def prepare(
 ) -> TokenFolder:
     """Makes a dataset of token ids: `train.bin`, `val.bin`, `meta.json` and the tokenizer.
 
-    The folder appears when all of it is on the disk; a run that is killed leaves none.
+    The folder appears when all of it is on the disk. A run that is killed leaves a hidden one beside it, which the
+    next for the same `out_dir` removes.
 
     Args:
         inputs (`str` or `Sequence[str]`): text files; or Hub ids, `.jsonl .json .csv .parquet` files and folders, as
@@ -58,7 +65,8 @@ def prepare(
         text_column (`str`, *optional*): of datasets; default the only one, or "text" or "content".
         separator (`str`, *optional*): put after every row of a dataset, and after each of several files; default the
             tokenizer's end-of-text token, or for rows of characters and bytes a line break.
-        overwrite (`bool`, defaults to `False`): replace the folder if there is one.
+        overwrite (`bool`, defaults to `False`): replace the folder if there is one; only one that this function made,
+            and that holds nothing else, is replaced.
 
     Returns:
         [`TokenFolder`]: what was made.
@@ -70,8 +78,7 @@ def prepare(
     out_dir = Path(out_dir).expanduser()
     if not 0 < val_fraction < 1 and val_inputs is None:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1, or pass val_inputs.")
-    if not overwrite and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"out_dir={str(out_dir)!r} exists. Pass another folder, or overwrite=True.")
+    _check_free(out_dir, overwrite)
     options = {"split": split, "text_column": text_column, "any_bytes": tokenizer == "byte"}
     train = open_sources(inputs, **options)
     val = [] if val_inputs is None else open_sources(val_inputs, **options)
@@ -89,7 +96,8 @@ def prepare(
                 f"text or another val_fraction than {val_fraction}."
             )
         made.save_pretrained(folder)
-        write_json_atomically(folder / META, _meta(tokenizer, made, writer.dtype, counts))
+        files = sorted([META, *os.listdir(folder)])
+        write_json_atomically(folder / META, {**_meta(tokenizer, made, writer.dtype, counts), FILES: files})
     return TokenFolder(out_dir.absolute())  # a bare name may be that of the ready dataset
 
 
@@ -183,20 +191,64 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """ValueError if there is something at `folder` that is not to be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"out_dir={str(folder)!r} is a file. Pass another folder.")
+    if others := sorted(set(os.listdir(folder)) - _files_made(folder)):
+        raise ValueError(
+            f"out_dir={str(folder)!r} exists and holds {others[0]!r}, which is no part of a dataset made here and is "
+            "never replaced. Pass another folder."
+        )
+    if not overwrite:
+        raise ValueError(f"out_dir={str(folder)!r} exists. Pass another folder, or overwrite=True.")
+
+
+def _files_made(folder: Path) -> set[str]:
+    """The files of a dataset that `prepare` made; of any other folder, none."""
+    try:
+        return set(json.loads((folder / META).read_bytes())[FILES])
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
 @contextlib.contextmanager
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends, or is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    _remove_leftovers(folder)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=UNFINISHED, dir=folder.parent))
     try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
-        if overwrite and folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-            unfinished.rename(folder)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(folder)
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # of file systems without locks, which then keep leftovers
+                lock.enter_context(_locked(unfinished))
+            (unfinished / NEW).mkdir()
+            yield unfinished / NEW
+            _check_free(folder, overwrite)  # others may have been at work meanwhile
+            if folder.exists():
+                folder.rename(unfinished / OLD)
+            (unfinished / NEW).rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes have left of the same folder."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*{UNFINISHED}"):
+        # Its maker holds the lock while it lives; a folder is empty until that has it.
+        with contextlib.suppress(OSError), _locked(left):
+            if any(left.iterdir()):
+                shutil.rmtree(left)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which ends with the process; OSError if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

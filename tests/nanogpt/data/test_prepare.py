@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_gradtools.nanogpt.data import TokenFolder, prepare, sources
 from hf_gradtools.nanogpt.data.cli import main
-from hf_gradtools.nanogpt.data.prepare import _TokenWriter
+from hf_gradtools.nanogpt.data.prepare import _new_folder, _TokenWriter
 
 
 TEXT = "Ça ira!  \n\n😀 The end of\tit.\n" * 400
@@ -47,6 +47,7 @@ def test_characters_as_nanogpt_numbers_and_splits_them(text_file, tmp_path):
     assert made.meta == {
         "dtype": "uint8", "vocab_size": len(characters), "tokenizer": "char",
         "train_tokens": int(len(TEXT) * 0.9), "val_tokens": len(TEXT) - int(len(TEXT) * 0.9),
+        "files": sorted(path.name for path in made.path.iterdir()),
     }  # fmt: skip
     assert made.tokenizer.decode(read(made)[:100]) == TEXT[:100]
     made.check_ids()
@@ -149,6 +150,29 @@ def test_an_existing_folder_is_replaced_only_on_request(text_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["input.txt", "out"]
 
 
+@pytest.mark.parametrize("others", [["input.txt"], ["train.bin", "val.bin", "meta.pkl"], ["mine/train.bin"]])
+def test_what_prepare_did_not_make_is_never_replaced(others, text_file, tmp_path):
+    for name in others:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("abc")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="exists and holds .*Pass another folder.$"):
+            prepare(text_file, tmp_path / "data", overwrite=overwrite)
+    assert all((tmp_path / "data" / name).read_text() == "abc" for name in others)
+
+
+def test_a_file_put_beside_the_dataset_is_kept(text_file, tmp_path, monkeypatch):
+    made = prepare(text_file, tmp_path / "out")
+    write = _TokenWriter.write
+    monkeypatch.setattr(
+        _TokenWriter, "write", lambda *given: (made.path / "notes.md").write_text("mine") and write(*given)
+    )
+    with pytest.raises(ValueError, match=r"holds 'notes.md'"):
+        prepare(text_file, tmp_path / "out", overwrite=True)
+    assert (made.path / "notes.md").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input.txt", "out"]
+
+
 def killed_prepare(text_file, out_dir):
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -163,7 +187,9 @@ def test_a_killed_run_leaves_no_folder_and_does_not_disturb_the_next(text_file, 
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert prepare(text_file, tmp_path / "out").vocab_size == len(set(TEXT))
+    with _new_folder(tmp_path / "out", True) as live:
+        assert prepare(text_file, tmp_path / "out").vocab_size == len(set(TEXT))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [live.parent.name, "input.txt", "out"]
 
 
 def test_command_line(text_file, tmp_path, capsys):
