@@ -123,9 +123,14 @@ class FirePositions(Position):
             position_ids (`Tensor`): `[B or 1, S]`, i.
         """
         dtype = self.c.dtype
-        distance = (queries[:, None] - keys[None, :]).clamp(min=0).to(dtype)
-        longest = torch.maximum(position_ids.to(dtype), (self.L_multiplier * self.init_L).abs())
-        ratio = self._psi(distance) / self._psi(longest)[..., None]
+        distance = (queries[:, None] - keys[None, :]).clamp(min=0)
+        length = (self.L_multiplier * self.init_L).abs()
+        if bool(position_ids.max() <= length):  # then max(i, L) = L: a bias for each distance, not for each pair
+            distances = torch.arange(int(distance.max()) + 1, device=distance.device, dtype=dtype)
+            by_distance = self.mlp((self._psi(distances) / self._psi(length))[:, None])
+            return by_distance[distance].movedim(-1, 0)[None]
+        longest = torch.maximum(position_ids.to(dtype), length)
+        ratio = self._psi(distance.to(dtype)) / self._psi(longest)[..., None]
         return self.mlp(ratio[..., None]).movedim(-1, 1)
 
     def _psi(self, x: Tensor) -> Tensor:
