@@ -168,11 +168,11 @@ COUNTED = [case for case in CASES if not case.startswith("activation=") and "win
 
 @pytest.mark.parametrize("case", COUNTED)
 def test_the_hardware_report_counts_the_models_own_parameters_and_state(case):
-    one, report = model(case), hardware_report(config(case), context=7, bytes_per_number=1)
+    one, report = model(case), hardware_report(config(case), context=7, bytes_per_number=4)
     assert report.params == sum(parameter.numel() for parameter in one.parameters())
     cache, kept = DynamicCache(config=one.config), 0
     logits(case, ids(1, 7), past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         states = layer.states.values() if hasattr(layer, "states") else (layer.keys, layer.values)
         kept += sum(state.numel() for state in states)
-    assert report.state_bytes == kept
+    assert report.state_bytes == 4 * kept
