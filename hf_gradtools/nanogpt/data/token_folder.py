@@ -26,12 +26,16 @@ META_PICKLE = "meta.pkl"
 READY = "shakespeare_char"
 SPLITS = ("train", "val")
 DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+UINT16_IDS = 1 << 16
 SCANNED_BYTES = 1 << 30  # of a split, when its ids are checked
 
 
 def smallest_dtype(vocab_size: int) -> str:
     """The narrowest type of `DTYPES` that holds ids below `vocab_size`."""
-    return next(name for name, dtype in DTYPES.items() if vocab_size - 1 <= np.iinfo(dtype).max)
+    for name, dtype in DTYPES.items():
+        if vocab_size - 1 <= np.iinfo(dtype).max:
+            return name
+    raise ValueError(f"vocab_size={vocab_size:,} is more than files of 32-bit ids can hold. Correct it.")
 
 
 class TokenFolder:
@@ -41,7 +45,8 @@ class TokenFolder:
         path (`str` or `os.PathLike`): a folder that `prepare` or nanoGPT's `prepare.py` made, or its name under
             `data/`; `"shakespeare_char"` is a set that is made of a text in this package.
         dtype (`str`, *optional*): `uint8`, `uint16` or `uint32`, of the files in a folder that does not say so;
-            default what `meta.json` says, or uint16 beside a `meta.pkl`.
+            default what `meta.json` says; beside a `meta.pkl` uint16, or uint32 where the
+            vocabulary is too large for it.
         vocab_size (`int`, *optional*): for a folder that does not say so; default the largest id and one.
 
     Attributes:
@@ -121,18 +126,22 @@ class TokenFolder:
         return (self.path / "tokenizer_config.json").is_file() or isinstance(self.meta.get("stoi"), dict)
 
     def _choose_dtype(self, given: str | None) -> np.dtype[Any]:
-        known = self.meta.get("dtype") or ("uint16" if self.meta else None)
+        known = self.meta.get("dtype") or self._dtype_of_nanogpt()
         if given is not None and self.meta.get("dtype") not in (None, given):
             raise ValueError(f"dtype={given!r}, but {self.path / META} says {known!r}. Leave dtype out.")
         name = given or known
         if name is None:
             raise ValueError(
-                f"{self.path} has neither {META} nor {META_PICKLE}, so its files may hold numbers of any size. "
+                f"{self.path} has no {META} or {META_PICKLE} that says how wide the numbers in its files are. "
                 "Pass dtype='uint16' for GPT-2 tokens as nanoGPT writes them."
             )
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is unknown. Pass one of {', '.join(DTYPES)}.")
         return DTYPES[name]
+
+    def _dtype_of_nanogpt(self) -> str | None:
+        """What nanoGPT writes beside a `meta.pkl`, which does not say so: uint16, unless an id may be larger."""
+        return smallest_dtype(max(self.meta["vocab_size"], UINT16_IDS)) if "vocab_size" in self.meta else None
 
     def _choose_vocab_size(self, given: int | None) -> int:
         known = self.meta.get("vocab_size")
@@ -176,9 +185,12 @@ def _find(path: str | os.PathLike[str]) -> Path:
 def _read_meta(folder: Path) -> dict[str, Any]:
     if (folder / META).is_file():
         try:
-            return json.loads((folder / META).read_bytes())
+            meta = json.loads((folder / META).read_bytes())
         except ValueError as error:
             raise ValueError(f"{folder / META} is no JSON: {error}. Prepare the data anew.") from error
+        if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size", 1), int):
+            raise ValueError(f"{folder / META} is no mapping with a whole vocab_size. Prepare the data anew.")
+        return meta
     if (folder / META_PICKLE).is_file():
         return read_meta_pickle(folder / META_PICKLE)
     return {}

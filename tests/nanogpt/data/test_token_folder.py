@@ -36,6 +36,13 @@ def test_folder_of_nanogpt_opens_with_its_own_ids(tmp_path):
     assert sorted(path.name for path in data.path.iterdir()) == ["meta.pkl", "train.bin", "val.bin"]
 
 
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "uint16"), (100_277, "uint32")])
+def test_a_vocabulary_too_large_for_uint16_is_read_as_nanogpt_wrote_it(vocab_size, dtype, tmp_path):
+    ids = np.arange(vocab_size - 50, vocab_size)
+    folder = write(tmp_path / "d", dtype, pickled={"vocab_size": vocab_size}, train=ids, val=ids)
+    assert TokenFolder(folder).tokens("train").tolist() == ids.tolist()
+
+
 class Touch:
     def __init__(self, path):
         self.path = path
@@ -80,6 +87,8 @@ META = {"dtype": "uint16", "vocab_size": 30, "tokenizer": "char", "train_tokens"
     [
         (lambda d: (d / "train.bin").write_bytes(b"123"), "has 3 bytes, which are no whole number of uint16"),
         (lambda d: (d / "train.bin").write_bytes(b""), "has 0 bytes"),
+        (lambda d: (d / "meta.json").write_text("[1]"), "meta.json is no mapping with a whole vocab_size"),
+        (lambda d: (d / "meta.json").write_text(f'{{"vocab_size": {1 << 40}}}'), "more than files of 32-bit ids"),
         (lambda d: (d / "train.bin").write_bytes(b"12"), "has 1 tokens, and meta.json says 30"),
         (lambda d: (d / "val.bin").unlink(), "has no val.bin"),
         (lambda d: (d / "val.bin").write_bytes(bytes([30, 0] * 20)), "val.bin .* has id 30, and the vocabulary ends"),
