@@ -10,7 +10,10 @@ from typing import Any, BinaryIO
 __all__ = ["read_meta_pickle"]
 
 # What the unpickler raises on a file that is refused, cut off or no pickle at all.
-BROKEN = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
+BROKEN = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError,
+)  # fmt: skip
+MOST_BYTES = 1 << 25  # the largest vocabularies take a few MiB
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -36,6 +39,8 @@ def read_meta_pickle(path: Path) -> dict[str, Any]:
         ValueError: the file is broken, holds anything but plain containers (nothing of it is executed), or does not
             say how large the vocabulary is.
     """
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, too many for a meta.pkl. Prepare the data anew.")
     with open(path, "rb") as file:
         meta = _load(file, path)
     if not isinstance(meta, dict):

@@ -24,6 +24,7 @@ from hf_gradtools.nanogpt.data.tokenizers import (
     batch_encoder,
     byte_tokenizer,
     char_tokenizer,
+    ids_end,
     load_tokenizer,
 )
 
@@ -106,7 +107,7 @@ def _meta(
 ) -> dict[str, Any]:
     return {
         "dtype": dtype.name,
-        "vocab_size": len(tokenizer),
+        "vocab_size": ids_end(tokenizer),
         "tokenizer": Path(name).name if Path(name).is_dir() else name,  # a folder's place is no matter of the data
         "train_tokens": counts["train"],
         "val_tokens": counts["val"],
@@ -138,7 +139,7 @@ class _TokenWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str | None):
         self.tokenizer, self.separator = tokenizer, separator
         self.encode = batch_encoder(tokenizer)
-        self.dtype = DTYPES[smallest_dtype(len(tokenizer))]
+        self.dtype = DTYPES[smallest_dtype(ids_end(tokenizer))]
 
     def write(self, sources: Sequence[Source], path: Path) -> int:
         """Writes the ids of texts; returns how many there are."""

@@ -114,8 +114,8 @@ class TokenFolder:
         """
         if (self.path / "tokenizer_config.json").is_file():
             return load_tokenizer(str(self.path))
-        if isinstance(stoi := self.meta.get("stoi"), dict):
-            return char_tokenizer(stoi)
+        if self._characters is not None:
+            return self._characters
         raise ValueError(
             f"{self.path} has no tokenizer. Save the one that made the ids there: tokenizer.save_pretrained(folder)."
         )
@@ -123,7 +123,18 @@ class TokenFolder:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder says what the ids mean."""
-        return (self.path / "tokenizer_config.json").is_file() or isinstance(self.meta.get("stoi"), dict)
+        return (self.path / "tokenizer_config.json").is_file() or self._characters is not None
+
+    @cached_property
+    def _characters(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of a `meta.pkl` whose tokens are characters."""
+        if not isinstance(stoi := self.meta.get("stoi"), dict):
+            return None
+        try:
+            return char_tokenizer(stoi)
+        except (TypeError, ValueError) as error:
+            logger.warning_once(f"{self.path / META_PICKLE} makes no tokenizer: {error}")
+            return None
 
     def _choose_dtype(self, given: str | None) -> np.dtype[Any]:
         known = self.meta.get("dtype") or self._dtype_of_nanogpt()

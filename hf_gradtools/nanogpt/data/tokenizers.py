@@ -10,7 +10,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
-__all__ = ["batch_encoder", "byte_tokenizer", "char_tokenizer", "character_ids", "encode_text", "load_tokenizer"]
+__all__ = [
+    "batch_encoder",
+    "byte_tokenizer",
+    "char_tokenizer",
+    "character_ids",
+    "encode_text",
+    "ids_end",
+    "load_tokenizer",
+]
 
 EVERY_CHARACTER = r"[\s\S]"
 CODE_POINTS = 0x110000
@@ -91,6 +99,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ValueError: a character tokenizer does not know one of the characters.
     """
     return batch_encoder(tokenizer)([text])[0].tolist()
+
+
+def ids_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id and one: more than there are tokens, where ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -109,6 +109,16 @@ def test_dtype_is_the_narrowest_that_holds_every_id(size, dtype):
     assert _TokenWriter(tokenizer, "").dtype == np.dtype(dtype)
 
 
+def test_ids_of_a_tokenizer_that_leaves_some_out_are_kept(tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0, "<u>": 1, "b": 300}, unk_token="<u>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "words")
+    (tmp_path / "input.txt").write_text("a b " * 10)
+    made = prepare(str(tmp_path / "input.txt"), tmp_path / "out", str(tmp_path / "words"))
+    assert read(made).tolist() == [0, 300] * 10
+    assert made.vocab_size == 301
+
+
 def test_character_that_a_tokenizer_has_not_is_named_with_its_line(text_file, tmp_path):
     prepare(text_file, tmp_path / "first")
     (tmp_path / "more.txt").write_text("The end\nof itß\n")

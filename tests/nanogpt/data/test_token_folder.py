@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 
 import numpy as np
@@ -43,6 +44,14 @@ def test_a_vocabulary_too_large_for_uint16_is_read_as_nanogpt_wrote_it(vocab_siz
     assert TokenFolder(folder).tokens("train").tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize("stoi", [{"ab": 0, "c": 1}, {"a": 0, "b": 2}, {"a": 0, "b": "1"}])
+def test_tokens_that_are_no_characters_do_without_a_tokenizer(stoi, tmp_path):
+    data = TokenFolder(write(tmp_path / "d", pickled={"vocab_size": 30, "stoi": stoi}))
+    assert not data.has_tokenizer
+    with pytest.raises(ValueError, match="has no tokenizer. Save the one that made the ids there"):
+        _ = data.tokenizer
+
+
 class Touch:
     def __init__(self, path):
         self.path = path
@@ -61,10 +70,20 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(protocol, tmp_path):
     assert (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"vocab_size": "x"})])
+HUGE = b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b"x."  # says that so many bytes follow
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", HUGE, pickle.dumps([1]), pickle.dumps({"vocab_size": "x"})])
 def test_a_broken_pickle_is_told(content, tmp_path):
     with pytest.raises(ValueError, match=r"meta\.pkl"):
         TokenFolder(write(tmp_path / "d", pickled=content))
+
+
+def test_a_pickle_too_large_for_a_vocabulary_is_not_read(tmp_path):
+    folder = write(tmp_path / "d", pickled={"vocab_size": 30})
+    os.truncate(folder / "meta.pkl", 1 << 30)
+    with pytest.raises(ValueError, match="bytes, too many for a meta.pkl"):
+        TokenFolder(folder)
 
 
 def test_folder_without_meta_opens_once_the_dtype_is_given(tmp_path):
