@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .costs import Ops
@@ -84,12 +83,6 @@ class TransformersActivation(Activation):
     def __init__(self, config: Any = None, layer_idx: int = 0):
         super().__init__()
         self.function: nn.Module = ACT2FN[self.name].to(torch.get_default_dtype())  # xIELU would be in bfloat16
-
-    def init_parameters(self) -> None:
-        """As transformers makes them: some of its functions learn."""
-        fresh = ACT2FN[self.name].state_dict()
-        for name, value in self.function.state_dict(keep_vars=True).items():
-            init.copy_(value, fresh[name])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

@@ -177,7 +177,11 @@ class SelectiveStateSpace(TokenMixer):
         )
 
     def init_parameters(self) -> None:
-        """A = -1 ... -N; Delta starts between 0.001 and 0.1, evenly in its logarithm over the channels."""
+        """A = -1 ... -N; Delta starts between 0.001 and 0.1, evenly in its logarithm over the channels.
+
+        The convolution starts as torch has it: at a standard deviation of 0.02 its few taps would silence the layer.
+        """
+        init.uniform_(self.conv.weight, -(self.kernel**-0.5), self.kernel**-0.5)
         init.normal_(self.dt_weight, std=self.rank**-0.5)
         start = torch.logspace(math.log10(1e-3), math.log10(0.1), self.channels)
         init.copy_(self.dt_bias, start + torch.log(-torch.expm1(-start)))  # softplus of it is `start`
