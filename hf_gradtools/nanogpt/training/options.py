@@ -27,7 +27,7 @@ class TrainOptions:
         dataset: a folder of token files (see `prepare`), its name under data/, or "shakespeare_char".
         data_dtype: uint8, uint16 or uint32, for a dataset that does not say so: one of nanoGPT without meta.pkl.
         out_dir: folder of the trained model and its checkpoints.
-        overwrite_out_dir: start anew in a folder that holds the checkpoints of an earlier run, which are removed.
+        overwrite_out_dir: start anew in a folder that holds an earlier run or another model, which is replaced.
         init_from: "scratch"; "resume" to continue the run in out_dir; "gpt2", "gpt2-medium", ... to import GPT-2; or a
             folder, Hub id, or nanoGPT ckpt.pt to start from.
         batch_size: blocks in a batch.

@@ -27,7 +27,6 @@ from hf_gradtools.nanogpt.training.card import write_nanogpt_card
 from hf_gradtools.nanogpt.training.checkpoints import (
     checkpoint_folder,
     last_checkpoint,
-    list_checkpoints,
     prune,
     publish,
 )
@@ -45,6 +44,7 @@ __all__ = ["TrainResult", "stored_options", "train"]
 logger = logging.get_logger(__name__)
 
 RUN = "run.json"
+MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.pt")
 MEASURED = ("iter_latency_ms", "peak_memory_mb")  # of a process, not of the run's state
 
 
@@ -144,6 +144,13 @@ def _checkpoint_to_resume(options: TrainOptions, out_dir: Path) -> Path | None:
             f"out_dir={options.out_dir!r} holds the checkpoints of an earlier run. Continue it by init_from=resume, "
             "pass another folder, or overwrite_out_dir=True to remove them."
         )
+    if not options.overwrite_out_dir and not options.eval_only:
+        for pattern in (*MODEL_FILES, FIGURES, CARD_FILE):
+            if there := sorted(path.name for path in out_dir.glob(pattern)):
+                raise ValueError(
+                    f"out_dir={options.out_dir!r} holds {there[0]}, which the run would replace. Pass another folder, "
+                    "or overwrite_out_dir=True."
+                )
     return None
 
 
@@ -230,8 +237,9 @@ def _result(trainer: BlockTrainer, measured: dict[str, float] | None = None) -> 
 
 def _finish(trainer: BlockTrainer, out_dir: Path, result: TrainResult) -> None:
     """The figures; and the best model and its card, also if the run was killed before it had copied them."""
-    if list_checkpoints(out_dir):
-        publish(checkpoint_folder(out_dir, result.best_val_iter), out_dir)
+    best = checkpoint_folder(out_dir, result.best_val_iter)
+    if best.is_dir():  # there is none of a run without checkpoints
+        publish(best, out_dir)
         write_nanogpt_card(out_dir, trainer, result)
     measured = {name: getattr(result, name) for name in MEASURED}
     write_json_atomically(out_dir / FIGURES, {**trainer.figures(), **measured})

@@ -75,6 +75,16 @@ def test_killed_at_random_moments(dataset, tmp_path):
     assert len(list_checkpoints(tmp_path / "killed")) <= 2
 
 
+def test_a_run_that_goes_on_without_checkpoints_leaves_the_model_of_the_last_one(dataset, tmp_path):
+    train(options(dataset, tmp_path, max_iters=4), MODEL)
+    model = (tmp_path / "model.safetensors").read_bytes()
+    more = {"max_iters": 12, "lr_decay_iters": 4, "init_from": "resume", "never_save_checkpoint": True}
+    result = train(options(dataset, tmp_path, **more), MODEL)
+    assert result.best_val_iter > 4
+    assert json.loads((tmp_path / "training.json").read_text())["best_val_iter"] == result.best_val_iter
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+
+
 def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
     first = train(options(dataset, tmp_path / "out"), MODEL)
     (tmp_path / "out" / "model.safetensors").unlink()  # killed before it was copied

@@ -247,6 +247,15 @@ def test_an_earlier_run_is_not_overwritten_unless_asked(dataset, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-4").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "ckpt.pt", "training.json", "README.md"])
+def test_a_model_without_checkpoints_is_not_overwritten_unless_asked(name, dataset, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}, which the run would replace"):
+        train(options(dataset, tmp_path), MODEL)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+    train(options(dataset, tmp_path, max_iters=1, never_save_checkpoint=True, overwrite_out_dir=True), MODEL)
+
+
 @pytest.mark.parametrize("rule", ["ndim", "name"])
 def test_what_decays(rule, dataset, tmp_path):
     from hf_gradtools.nanogpt.training.arguments import training_arguments
