@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
+from hf_gradtools.nanogpt.data.tokenizers import load_tokenizer
 from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
 from hf_gradtools.nanogpt.training.callbacks import no_bars
 
 
 __all__ = ["RESUME", "SCRATCH", "build_model", "check_names", "config_fields"]
+
+logger = logging.get_logger(__name__)
 
 SCRATCH, RESUME, GPT2 = "scratch", "resume", "gpt2"
 # Follow from other fields, or belong to generation.
@@ -65,6 +69,8 @@ def build_model(init_from: str, given: NanoGPTConfig | Mapping[str, Any] | None,
             f"the model has vocab_size={model.config.vocab_size}, and the data in {data.path} has ids up to "
             f"{data.vocab_size - 1}. Prepare the data by the model's own tokenizer, or train from scratch."
         )
+    if init_from != SCRATCH:
+        _compare_tokenizers(init_from, data)
     if init_from != SCRATCH and asked:
         model = _adjusted(model, dict(asked), init_from)
     return model
@@ -84,6 +90,24 @@ def _changes(config: NanoGPTConfig) -> dict[str, Any]:
         for name, field in config_fields().items()
         if getattr(config, name) != field.default and name != "vocab_size"
     }
+
+
+def _compare_tokenizers(init_from: str, data: TokenFolder) -> None:
+    """Warns if the ids of the data mean other tokens to the model, as far as both have a tokenizer."""
+    folder = Path(init_from)
+    if not data.has_tokenizer or (folder.exists() and not (folder / "tokenizer_config.json").is_file()):
+        return
+    try:
+        known = load_tokenizer(init_from).get_vocab()
+    except ValueError:  # of the Hub, without a tokenizer
+        return
+    ours = data.tokenizer.get_vocab()
+    if others := [token for token, i in ours.items() if known.get(token) != i]:
+        logger.warning(
+            f"{len(others):,} of {len(ours):,} tokens of the data in {data.path}, such as {others[0]!r}, have other "
+            f"ids in the tokenizer of init_from={init_from!r}, so that its embeddings mean other tokens. To train on "
+            f"what it has learnt, prepare the data with tokenizer={init_from!r}."
+        )
 
 
 def _load(name: str) -> PreTrainedModel:

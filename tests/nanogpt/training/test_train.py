@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import safe_globals
 
 from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from hf_gradtools.nanogpt.data import TokenFolder
+from hf_gradtools.nanogpt.data import TokenFolder, prepare
 from hf_gradtools.nanogpt.training import TrainOptions, train
 from tests.nanogpt.training.reference import MODEL, TEXT, cosine, history, options, plain_losses
 
@@ -170,6 +172,17 @@ def test_training_goes_on_from_a_folder_with_another_dropout(dataset, trained, t
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.dropout == 0.1
     with pytest.raises(ValueError, match="n_embd=32, but the model of init_from=.* has 16. Leave n_embd out"):
         train(options(dataset, tmp_path / "other", init_from=str(out_dir)), {"n_embd": 32})
+
+
+def test_ids_that_mean_other_tokens_to_the_model_are_told(dataset, trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (tmp_path / "rot13.txt").write_text(codecs.encode(TEXT, "rot13"))
+    prepare(str(tmp_path / "rot13.txt"), tmp_path / "rot13")
+    asked = {"init_from": str(trained[1]), "eval_only": True}
+    train(options(dataset, tmp_path / "out", **asked))
+    assert "other ids" not in caplog.text
+    train(options(tmp_path / "rot13", tmp_path / "out", **asked))
+    assert "have other ids in the tokenizer of init_from=" in caplog.text
 
 
 def test_training_goes_on_from_a_checkpoint_of_nanogpt(dataset, tmp_path):
