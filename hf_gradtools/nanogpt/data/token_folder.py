@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ META_PICKLE = "meta.pkl"
 READY = "shakespeare_char"
 SPLITS = ("train", "val")
 DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+ENDS = 1 << 20  # tokens of which a fingerprint is made
 UINT16_IDS = 1 << 16
 SCANNED_BYTES = 1 << 30  # of a split, when its ids are checked
 
@@ -104,6 +106,14 @@ class TokenFolder:
                     f"{split}.bin in {self.path} has id {largest}, and the vocabulary ends at {limit - 1}. It was "
                     f"read as {self.dtype.name}: pass the dtype it was written with, or prepare the data anew."
                 )
+
+    def fingerprint(self) -> str:
+        """Changes with the data: made of the length, the beginning and the end of each file, and the type of ids."""
+        parts = [self.dtype.name, str(self.vocab_size)]
+        for split in SPLITS:
+            tokens = self.tokens(split)
+            parts += [str(len(tokens)), *(f"{zlib.crc32(part):08x}" for part in (tokens[:ENDS], tokens[-ENDS:]))]
+        return "-".join(parts)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

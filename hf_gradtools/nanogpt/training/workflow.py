@@ -43,7 +43,7 @@ __all__ = ["TrainResult", "stored_options", "train"]
 
 logger = logging.get_logger(__name__)
 
-RUN = "run.json"
+RUN, DATA = "run.json", "data"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "*.pt")
 MEASURED = ("iter_latency_ms", "peak_memory_mb")  # of a process, not of the run's state
 
@@ -101,7 +101,7 @@ def train(
     out_dir = Path(options.out_dir)
     data = TokenFolder(options.dataset, options.data_dtype)
     data.check_ids()
-    checkpoint = _checkpoint_to_resume(options, out_dir)
+    checkpoint = _checkpoint_to_resume(options, data, out_dir)
     if options.sample_each_eval:
         _ = data.tokenizer  # says now if there is none
     arguments = training_arguments(options, resumed=checkpoint is not None)
@@ -129,7 +129,7 @@ def train(
     return result
 
 
-def _checkpoint_to_resume(options: TrainOptions, out_dir: Path) -> Path | None:
+def _checkpoint_to_resume(options: TrainOptions, data: TokenFolder, out_dir: Path) -> Path | None:
     """The checkpoint to go on from; ValueError if there is none, or there should be none."""
     checkpoint = last_checkpoint(out_dir)
     if options.init_from == RESUME:
@@ -137,7 +137,7 @@ def _checkpoint_to_resume(options: TrainOptions, out_dir: Path) -> Path | None:
             raise ValueError(
                 f"out_dir={options.out_dir!r} holds no checkpoint to continue. Start a run without init_from=resume."
             )
-        _check_same(options, stored_options(out_dir))
+        _check_same(options, data, _begun(out_dir))
         return checkpoint
     if checkpoint is not None and not options.overwrite_out_dir and not options.eval_only:
         raise ValueError(
@@ -155,21 +155,30 @@ def _checkpoint_to_resume(options: TrainOptions, out_dir: Path) -> Path | None:
 
 
 def stored_options(out_dir: Path) -> dict[str, Any]:
-    """The options with which the run in a folder was begun.
+    """The options with which the run in a folder was begun, or last resumed.
 
     Raises:
         ValueError: there is no run.
     """
+    return _begun(out_dir)["options"]
+
+
+def _begun(out_dir: Path) -> dict[str, Any]:
     if not (out_dir / RUN).is_file():
         raise ValueError(f"out_dir={str(out_dir)!r} holds no {RUN}. Start a run without init_from=resume.")
-    return json.loads((out_dir / RUN).read_bytes())["options"]
+    return json.loads((out_dir / RUN).read_bytes())
 
 
-def _check_same(options: TrainOptions, stored: dict[str, Any]) -> None:
-    before, now = TrainOptions(**stored).identity(), options.identity()
+def _check_same(options: TrainOptions, data: TokenFolder, begun: dict[str, Any]) -> None:
+    before, now = TrainOptions(**begun["options"]).identity(), options.identity()
     if changed := [f"{name}={before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name]]:
         raise ValueError(
             f"out_dir={options.out_dir!r} was begun with {'; '.join(changed)}. Resume with the same options."
+        )
+    if begun[DATA] != data.fingerprint():
+        raise ValueError(
+            f"out_dir={options.out_dir!r} was begun with other data than is in {data.path} now. Start a run without "
+            "init_from=resume, or restore the data."
         )
 
 
@@ -177,7 +186,7 @@ def _block_size(model: PreTrainedModel, given: NanoGPTConfig | Mapping[str, Any]
     """Tokens in a block: what is asked for, else what the run was begun with, else what the model was made for."""
     asked = given.get("block_size") if isinstance(given, Mapping) else getattr(given, "block_size", None)
     if resumed is not None:
-        begun = int(json.loads((resumed / RUN).read_bytes())["block_size"])
+        begun = int(_begun(resumed)["block_size"])
         if asked not in (None, begun):
             raise ValueError(f"out_dir={str(resumed)!r} was begun with block_size={begun}, not {asked}.")
         return begun
@@ -186,12 +195,16 @@ def _block_size(model: PreTrainedModel, given: NanoGPTConfig | Mapping[str, Any]
 
 
 def _begin(trainer: BlockTrainer, out_dir: Path, block_size: int, checkpoint: Path | None) -> None:
-    if checkpoint is None and trainer.is_world_process_zero():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        prune(out_dir, ())
-        for name in (FIGURES, TRAINER_STATE_NAME, CARD_FILE):  # of the run that was there
-            (out_dir / name).unlink(missing_ok=True)
-        write_json_atomically(out_dir / RUN, {"options": asdict(trainer.options), "block_size": block_size})
+    if trainer.is_world_process_zero():
+        run = {"options": asdict(trainer.options), "block_size": block_size, DATA: trainer.data.fingerprint()}
+        if checkpoint is None:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            prune(out_dir, ())
+            for name in (FIGURES, TRAINER_STATE_NAME, CARD_FILE):  # of the run that was there
+                (out_dir / name).unlink(missing_ok=True)
+        else:  # what it may change counts for those that resume it again
+            run["options"]["init_from"] = stored_options(out_dir)["init_from"]
+        write_json_atomically(out_dir / RUN, run)
     trainer.accelerator.wait_for_everyone()
 
 

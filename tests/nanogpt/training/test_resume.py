@@ -9,11 +9,12 @@ import sys
 import pytest
 from transformers import TrainerCallback
 
-from hf_gradtools.nanogpt.training import train
+from hf_gradtools.nanogpt.data import prepare
+from hf_gradtools.nanogpt.training import run_flags, train
 from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
 from hf_gradtools.nanogpt.training.trainer import BlockTrainer
 from tests.nanogpt.training.killed_run import DROPOUT, RUN
-from tests.nanogpt.training.reference import MODEL, options
+from tests.nanogpt.training.reference import MODEL, TEXT, make_dataset, options
 
 
 def logged(out_dir):
@@ -83,6 +84,26 @@ def test_a_run_that_goes_on_without_checkpoints_leaves_the_model_of_the_last_one
     assert result.best_val_iter > 4
     assert json.loads((tmp_path / "training.json").read_text())["best_val_iter"] == result.best_val_iter
     assert (tmp_path / "model.safetensors").read_bytes() == model
+
+
+def test_data_prepared_anew_is_noticed(tmp_path):
+    data = make_dataset(tmp_path)
+    train(options(data, tmp_path / "out", max_iters=4), MODEL)
+    train(options(data, tmp_path / "out", max_iters=5, lr_decay_iters=4, init_from="resume"))
+    (tmp_path / "input.txt").write_text(TEXT[::-1])
+    prepare(str(tmp_path / "input.txt"), data, overwrite=True)
+    with pytest.raises(ValueError, match="was begun with other data than is in"):
+        train(options(data, tmp_path / "out", max_iters=6, lr_decay_iters=4, init_from="resume"))
+
+
+def test_a_run_resumed_for_longer_is_resumed_so_again(dataset, tmp_path):
+    train(options(dataset, tmp_path, max_iters=4), MODEL)
+    longer = {"init_from": "resume", "out_dir": str(tmp_path), "max_iters": 12, "lr_decay_iters": 4}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BlockTrainer, "train", lambda self, **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_flags(longer)
+    assert run_flags({"init_from": "resume", "out_dir": str(tmp_path)}).iters == 12
 
 
 def test_a_finished_run_has_nothing_left_to_do(dataset, tmp_path):
