@@ -9,6 +9,8 @@ from pathlib import Path
 
 import typer
 import yaml
+from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME
 
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.hub import is_hub_id
@@ -16,7 +18,7 @@ from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.costs import KINDS_OF_OPS, Ops
 from hf_gradtools.nanogpt.hardware import HardwareReport, compare, hardware_report
 from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
-from hf_gradtools.nanogpt.training.run import ModelFlags, split_flags
+from hf_gradtools.nanogpt.training.run import ModelFlags, config_of_flags
 
 
 @dataclass
@@ -63,21 +65,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_config(name: str) -> NanoGPTConfig:
-    """The configuration in a folder, on the Hub, or in a file of flags.
+    """The configuration in a folder, on the Hub, or in a file of flags as `train` takes.
 
     Raises:
-        ValueError: the file is no mapping of flags.
+        ValueError: the name leads nowhere, the model is another, or the file is no mapping of flags.
     """
     path = Path(name)
     if not path.exists() and not is_hub_id(name):
         raise ValueError(f"--compare {name}: there is no such file or folder, and it is no Hub id.")
     if path.suffix not in (".yaml", ".yml", ".json"):
-        return NanoGPTConfig.from_pretrained(name)
+        if path.is_dir() and not (path / CONFIG_NAME).is_file():
+            raise ValueError(f"--compare {name}: the folder holds no {CONFIG_NAME}.")
+        config = AutoConfig.from_pretrained(name)
+        if not isinstance(config, NanoGPTConfig):
+            raise ValueError(f"--compare {name}: a {config.model_type} model, whose parts nobody counted.")
+        return config
     text = path.read_text(encoding="utf-8")
     flags = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     if not isinstance(flags, Mapping):
-        raise ValueError(f"{name} holds {type(flags).__name__}, not a mapping of flags such as 'n_layer: 6'.")
-    return NanoGPTConfig(**split_flags(flags)[1])
+        raise ValueError(f"--compare {name}: it holds {type(flags).__name__}, not a mapping of flags like n_layer: 6.")
+    return config_of_flags(flags)
 
 
 def report_table(report: HardwareReport) -> str:

@@ -106,7 +106,7 @@ class Strongermax(RowSoftmax):
         self.obo: nn.Parameter | None = None
         if config.strongermax_use_learned_obo or config.strongermax_use_learned_obo_per_head:
             heads = n_head if config.strongermax_use_learned_obo_per_head else 1
-            self.obo = nn.Parameter(torch.full((heads, 1, 1), float(self.obo_init)))
+            self.obo = nn.Parameter(torch.full((heads,), float(self.obo_init)))
 
     def init_parameters(self) -> None:
         if self.obo is not None:
@@ -115,7 +115,7 @@ class Strongermax(RowSoftmax):
     def forward(self, scores: Tensor, allowed: Tensor) -> Tensor:
         if not self.row_sum:
             return Softmax.forward(self, scores, allowed)
-        constant = self.obo_init if self.obo is None else self.obo.abs()  # a denominator does not change its sign
+        constant = self.obo_init if self.obo is None else self.obo.abs().view(-1, 1, 1)  # a denominator keeps its sign
         weights = normalized_powers(
             scores, allowed, self.log_base, subtract_max=self.subtract_max, off_by_one=constant
         )
@@ -164,18 +164,18 @@ class ConSmaxV2(Softmax):
         self.log_base = 1.0 if config.consmax_use_euler_base else math.log(config.consmax_base)
         self.initial = (config.consmax_initial_beta, config.consmax_initial_gamma)
         self.largest = config.consmax_v2_clamp_value if config.consmax_v2_clamping else None
-        self.beta_factor = nn.Parameter(torch.ones(n_head, 1, 1))
-        self.gamma_factor = nn.Parameter(torch.ones(n_head, 1, 1))
+        self.beta_factor = nn.Parameter(torch.ones(n_head))
+        self.gamma_factor = nn.Parameter(torch.ones(n_head))
 
     def init_parameters(self) -> None:
         init.ones_(self.beta_factor)
         init.ones_(self.gamma_factor)
 
     def weigh(self, scores: Tensor) -> Tensor:
-        exponents = scores - self.initial[0] * self.beta_factor
+        exponents = scores - self.initial[0] * self.beta_factor.view(-1, 1, 1)
         if self.largest is not None:
             exponents = exponents.clamp(max=self.largest)
-        return torch.exp(exponents * self.log_base) / (self.initial[1] * self.gamma_factor)
+        return torch.exp(exponents * self.log_base) / (self.initial[1] * self.gamma_factor.view(-1, 1, 1))
 
     def ops(self, tokens: int, pairs: int = 0) -> Ops:
         return Ops(add=pairs, exp=pairs, mul=pairs, max=pairs if self.largest is not None else 0)

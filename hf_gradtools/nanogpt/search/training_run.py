@@ -109,20 +109,10 @@ def report_of_flags(flags: Mapping[str, Any]) -> HardwareReport:
     Raises:
         ValueError: the model is not described by flags, or is none.
     """
-    from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
-    from hf_gradtools.nanogpt.data.token_folder import TokenFolder
     from hf_gradtools.nanogpt.hardware import hardware_report
-    from hf_gradtools.nanogpt.training.options import TrainOptions
-    from hf_gradtools.nanogpt.training.run import split_flags
-    from hf_gradtools.nanogpt.training.starting import SCRATCH
+    from hf_gradtools.nanogpt.training.run import config_of_flags
 
-    options, model = split_flags(flags)
-    if (init_from := options.get("init_from", SCRATCH)) != SCRATCH:
-        raise ValueError(f"init_from={init_from!r}: the hardware report needs a model that is made from scratch.")
-    if "vocab_size" not in model:
-        data = TokenFolder(options.get("dataset", TrainOptions.dataset), options.get("data_dtype"))
-        model["vocab_size"] = data.vocab_size
-    return hardware_report(NanoGPTConfig(**model))
+    return hardware_report(config_of_flags(flags))
 
 
 def layer_lists() -> list[str]:

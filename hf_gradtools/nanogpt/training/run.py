@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from transformers import HfArgumentParser
 
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
+from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
 from hf_gradtools.nanogpt.training.options import TrainOptions
-from hf_gradtools.nanogpt.training.starting import RESUME, check_names, config_fields
+from hf_gradtools.nanogpt.training.starting import RESUME, SCRATCH, check_names, config_fields
 
 
 if TYPE_CHECKING:
     from hf_gradtools.nanogpt.training.workflow import TrainResult
 
-__all__ = ["ModelFlags", "run_flags", "train_parser"]
+__all__ = ["ModelFlags", "config_of_flags", "run_flags", "train_parser"]
 
 PROG = "hf-gradtools nanogpt train"
 # Headings of the model's flags, by how their names begin.
@@ -77,7 +78,7 @@ def run_flags(flags: Mapping[str, Any], *, echo: Callable[[str], None] | None = 
     Args:
         flags (`Mapping[str, Any]`): options of `TrainOptions` and fields of `NanoGPTConfig`; None means the default.
             Values may be texts, as on a command line. With `init_from="resume"`, what is left out is as the run in
-            `out_dir` was begun.
+            `out_dir` was begun or last resumed.
         echo (`Callable`, *optional*): see [`train`].
 
     Raises:
@@ -98,6 +99,21 @@ def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     check_names(given, names | set(config_fields()))
     read = given_flags(_raising_parser(), [word for name, value in given.items() for word in _words(name, value)])
     return {n: v for n, v in read.items() if n in names}, {n: v for n, v in read.items() if n not in names}
+
+
+def config_of_flags(flags: Mapping[str, Any]) -> NanoGPTConfig:
+    """The model that flags describe; its vocabulary is that of the dataset, unless they say another.
+
+    Raises:
+        ValueError: it is not made from scratch, or a flag is wrong.
+    """
+    options, model = split_flags(flags)
+    if (init_from := options.get("init_from", SCRATCH)) != SCRATCH:
+        raise ValueError(f"init_from={init_from!r}: only a model that is made from scratch is described by its flags.")
+    if "vocab_size" not in model:
+        data = TokenFolder(options.get("dataset", TrainOptions.dataset), options.get("data_dtype"))
+        model["vocab_size"] = data.vocab_size
+    return NanoGPTConfig(**model)
 
 
 def _words(name: str, value: Any) -> list[str]:
