@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -33,9 +33,9 @@ class Candidate:
     config: dict[str, Any]
 
 
-def check_parameters(baseline: Mapping[str, Any], param_names: Sequence[str]) -> None:
-    """ValueError if a parameter is not in the baseline, or nothing that can be incremented."""
-    for name in param_names:
+def check_parameters(baseline: Mapping[str, Any], increments: Mapping[str, float]) -> None:
+    """ValueError if a parameter is not in the baseline, or nothing that its increment can be added to."""
+    for name, increment in increments.items():
         if name not in baseline:
             raise ValueError(
                 f"param_names={name!r} is not in orig_settings ({', '.join(baseline)}). Write its value there."
@@ -47,6 +47,12 @@ def check_parameters(baseline: Mapping[str, Any], param_names: Sequence[str]) ->
             )
         if name == LAYERS and not isinstance(value, int):
             raise ValueError(f"param_names='n_layer' is {value!r}; it must be a whole number.")
+        whole = [each for each in (value if isinstance(value, list) else [value]) if _is_whole(each)]
+        if whole and not float(increment).is_integer():
+            raise ValueError(
+                f"param_names={name!r} is the whole number {whole[0]}, which an increment of {increment} would not "
+                f"leave one. Write {float(whole[0])} in orig_settings if it may be a fraction, or a whole increment."
+            )
 
 
 def candidates(
@@ -134,6 +140,10 @@ def _added(value: int | float, change: Decimal) -> int | float:
     """`value + change`, exactly in decimal; a whole number stays one."""
     total = Decimal(repr(value)) + change
     return int(round(total)) if isinstance(value, int) else float(total)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -154,7 +154,8 @@ class Evaluator:
         return self.pool.settle(runs, group=self.group) if runs else {}
 
     def _runs(self, number: int, candidate: Candidate) -> dict[int, Run]:
-        first = int(candidate.config.get(SEED, FIRST_SEED))
+        given = candidate.config.get(SEED)
+        first = FIRST_SEED if given is None else int(given)
         label = BASELINE if number < 0 else f"round{number}-{candidate.param}={candidate.value}"
         tags = {"group": self.group, "round": number, "param": candidate.param}
         return {
@@ -169,13 +170,26 @@ class Evaluator:
         try:
             return reported_cost(self.target, self.report(candidate.config))
         except Exception as error:  # whatever a configuration is refused with
-            return {"type": type(error).__name__, "message": str(error), "traceback": ""}
+            return _refused(error)
 
     def _evaluated(self, candidate: Candidate, runs: Mapping[int, Outcome], cost: float | None) -> Evaluated:
         failed = [run for run in runs.values() if run.status != COMPLETE]
         if failed:
             return Evaluated(candidate, None, runs, failed[0].error)
-        if cost is None:
-            cost = statistics.fmean(measured_cost(self.target, run.metrics) for run in runs.values())
-        scores = tuple(math.exp(-run.metrics[OBJECTIVE]) for run in runs.values())
+        try:
+            if cost is None:
+                cost = statistics.fmean(measured_cost(self.target, run.metrics) for run in runs.values())
+            scores = tuple(_score(run.metrics[OBJECTIVE]) for run in runs.values())
+        except ValueError as error:  # its runs are complete, and cannot be compared
+            return Evaluated(candidate, None, runs, _refused(error))
         return Evaluated(candidate, Measured(scores, float(cost)), runs)
+
+
+def _score(loss: float) -> float:
+    if score := math.exp(-loss):
+        return score
+    raise ValueError(f"the loss {loss:g} is too large to tell e^-loss from 0.")
+
+
+def _refused(error: Exception) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error), "traceback": ""}

@@ -90,7 +90,7 @@ def expand_document(document: Any, where: str) -> list[Combination]:
 def _multiply(leaf: _Leaf, common: Mapping[str, Any], where: str, met: set[str]) -> Iterator[Combination]:
     """The runs of a leaf; adds to `met` the places of the conditions that held."""
     axes = {name: spec.values for name, spec in leaf.specs.items() if isinstance(spec, Axis)}
-    conditionals = {name: spec for name, spec in leaf.specs.items() if isinstance(spec, Conditional)}
+    conditionals = _ordered({name: spec for name, spec in leaf.specs.items() if isinstance(spec, Conditional)})
     for values in itertools.product(*axes.values()):
         configs = [_joined(common, dict(zip(axes, values, strict=True)), where)]
         for name, spec in conditionals.items():
@@ -106,6 +106,18 @@ def _multiply(leaf: _Leaf, common: Mapping[str, Any], where: str, met: set[str])
             configs = following
         for config in configs:
             yield Combination(config, tuple(dict.fromkeys(leaf.groups)), frozenset(common), leaf.grouped)
+
+
+def _ordered(conditionals: Mapping[str, Conditional]) -> dict[str, Conditional]:
+    """Each after those that its conditions name, else as they are written."""
+    waiting, ordered = dict(conditionals), {}
+    while waiting:
+        free = (name for name, spec in waiting.items() if not spec.names() & waiting.keys())
+        if (name := next(free, None)) is None:
+            spec = next(iter(waiting.values()))
+            raise GrammarError(f"{spec.place}: the conditions of {', '.join(waiting)} depend on each other in a ring.")
+        ordered[name] = waiting.pop(name)
+    return ordered
 
 
 def _joined(common: Mapping[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:

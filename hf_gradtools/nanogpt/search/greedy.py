@@ -145,7 +145,7 @@ def greedy_search(
         ValueError: a parameter cannot be varied, or `results_file` holds another search.
         RuntimeError: the baseline itself failed.
     """
-    check_parameters(baseline, list(settings.increments))
+    check_parameters(baseline, settings.increments)
     if settings.max_iters_increase is not None and MAX_ITERS not in baseline:
         raise ValueError(f"max_iters_increase={settings.max_iters_increase} needs max_iters in orig_settings.")
     if settings.efficiency_target in HARDWARE_COSTS and report is None:

@@ -39,6 +39,10 @@ class Conditional:
     clauses: tuple[Mapping[str, Any], ...]
     values: tuple[Any, ...]
 
+    def names(self) -> set[str]:
+        """The parameters that the conditions look at."""
+        return {name for clause in self.clauses for name in clause}
+
     def holds(self, config: Mapping[str, Any]) -> bool:
         """Whether `config` meets the conditions."""
         return any(

@@ -81,6 +81,20 @@ def test_conditions_add_options_only_where_they_hold():
     ]
 
 
+def test_conditions_may_name_parameters_that_are_written_after_them():
+    document = {
+        "c": {"conditions": {"b": 5}, "options": [7]},
+        "b": {"conditions": [{"a": 1}, {"x": 2}], "options": [5]},
+        "a": {"conditions": {"x": 1}, "options": [1]},
+        "x": [1, 2],
+    }
+    assert configs(document) == [{"x": 1, "a": 1, "b": 5, "c": 7}, {"x": 2, "b": 5, "c": 7}]
+    with pytest.raises(GrammarError, match="a: the conditions of a, b depend on each other in a ring"):
+        configs({"a": {"conditions": {"b": 1}, "options": 1}, "b": {"conditions": {"a": 1}, "options": 1}})
+    with pytest.raises(GrammarError, match="the conditions of a depend"):
+        configs({"a": {"conditions": {"a": 1}, "options": 1}})
+
+
 def test_of_several_conditions_one_must_hold_and_common_values_count():
     document = {
         "common_group": {"mlp": "kan"},

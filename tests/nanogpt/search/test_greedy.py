@@ -253,6 +253,23 @@ def test_a_baseline_that_fails_ends_the_search(tmp_path):
         search(tmp_path, n_head=5)
 
 
+def partly_measured(flags, folder):
+    latency = {} if flags["n"] == 2 else {"iter_latency_avg": 1.0}
+    return {"best_val_loss": 800.0 if flags["n"] == 3 else 2 - flags["n"] / 10, **latency}
+
+
+def test_candidates_that_cannot_be_compared_are_skipped(tmp_path):
+    settings = SearchSettings({"n": 1}, iterations=3, efficiency_target="iter")
+    pool = Pool(partly_measured, tmp_path, in_process=True)
+    log = greedy_search({"n": 1, "seed": None}, settings, pool, results_file=tmp_path / "log.yaml")
+    errors = [entry.get("error", {}).get("message", "") for entry in log["iterations"][1]["candidates"]]
+    assert "'iter' needs iter_latency_avg" in errors[0]
+    assert "the loss 800 is too large" in errors[1]
+    assert chosen(log) == [("n", 4)]
+    with pytest.raises(RuntimeError, match="the baseline failed .*'iter' needs iter_latency_avg"):
+        greedy_search({"n": 2}, settings, pool, results_file=tmp_path / "other.yaml")
+
+
 def test_the_search_ends_when_nothing_pays_or_trains_longer_on_request(tmp_path):
     settings = SearchSettings({"lr": 0.001})
     log = search(tmp_path / "end", settings=settings, rounds=5, lr=0.003)
@@ -297,7 +314,8 @@ def test_costs_of_the_hardware_report_need_no_run(tmp_path):
         ({"n": 1}, {"increments": {"n": 1}, "efficiency_target": "area"}, "efficiency_target='area' is unknown"),
         ({"n": 1}, {"increments": {"n": 1}, "direction": "left"}, "direction='left' is unknown"),
         ({"n": 1}, {"increments": {"n": 1}, "max_iters_increase": 5}, "needs max_iters"),
-        ({"x": 1}, {"increments": {"x": 1}, "efficiency_target": "iter"}, "'iter' needs iter_latency_avg"),
+        ({"d": 0}, {"increments": {"d": 0.1}}, "'d' is the whole number 0, .* Write 0.0 in orig_settings"),
+        ({"w": [0.5, 1]}, {"increments": {"w": 0.5}}, "'w' is the whole number 1,"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path, baseline, settings, told):
