@@ -39,19 +39,19 @@ def train_run(flags: dict[str, Any], folder: Path) -> dict[str, float]:
     from hf_gradtools.nanogpt.training import run_flags
 
     flags = {"progress": False, **flags, OUT_DIR: str(folder)}
+    alone = {**flags, "overwrite_out_dir": True}  # the folder is its own: what is there is of a deleted journal
     echo = functools.partial(_append_line, folder / LOG)
     try:
         taken_up = _take_up(earlier_folders(folder), folder)
     except OSError as error:  # the killed attempt was on another machine, and is not quite dead
         logger.warning(f"{folder}: trained from the start, since what was left of it cannot be read: {error}")
-        taken_up, flags["overwrite_out_dir"] = False, True
+        taken_up = False
     if taken_up:
         result = run_flags({**flags, "init_from": "resume"}, echo=echo)
         if result.iter_latency_ms is not None:
             return metrics_of(result)
         # Only its record was missing. But it has to be timed.
-        flags["overwrite_out_dir"] = True
-    return metrics_of(run_flags(flags, echo=echo))
+    return metrics_of(run_flags(alone, echo=echo))
 
 
 def _append_line(log: Path, line: str) -> None:

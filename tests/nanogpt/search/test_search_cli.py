@@ -96,6 +96,11 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_be
     assert (folders["killed-retry1"] / "run.log").read_text().count("val loss") == 1  # of iteration 6 alone
 
 
+def test_a_training_whose_journal_was_deleted_is_run_anew(tmp_path):
+    first, second = (train_run({**TINY, "never_save_checkpoint": False}, tmp_path / "run") for _ in range(2))
+    assert first["best_val_loss"] == second["best_val_loss"]
+
+
 def test_the_hardware_report_of_flags_is_that_of_the_model():
     config = NanoGPTConfig(
         vocab_size=TokenFolder("shakespeare_char").vocab_size, n_layer=1, n_head=2, n_embd=16, block_size=16
