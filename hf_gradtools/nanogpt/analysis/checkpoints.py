@@ -22,7 +22,11 @@ __all__ = ["SORTS", "Checkpoint", "find_checkpoints", "read_checkpoint"]
 STATE, FIGURES, NANOGPT = "trainer_state.json", "training.json", "ckpt.pt"
 STEP = re.compile(r"checkpoint-\d+")
 SORTS = ("loss", "path", "iter", "params")
-UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError)
+# Files of others may hold anything under the names that we read.
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError, SafetensorError),
+    *(TypeError, KeyError, AttributeError, ArithmeticError),
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ def read_checkpoint(path: str | os.PathLike[str], directory: str | os.PathLike[s
     shown = os.path.relpath(path, directory)
     try:
         facts = _of_nanogpt(path) if path.is_file() else _of_folder(path)
+        best, vocabulary = facts.get("best_val"), facts.get("vocab_size")
+        chance = None if best is None or vocabulary is None else vocabulary * math.exp(-best)
     except UNREADABLE as error:
-        return Checkpoint(shown, error=" ".join(str(error).split()) or type(error).__name__)
-    best, vocabulary = facts.get("best_val"), facts.get("vocab_size")
-    chance = None if best is None or vocabulary is None else vocabulary * math.exp(-best)
+        return Checkpoint(shown, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return Checkpoint(shown, better_than_chance=chance, **facts)
 
 

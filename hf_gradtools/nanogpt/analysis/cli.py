@@ -146,6 +146,8 @@ def _config(given: dict[str, Any]) -> NanoGPTConfig:
 
     from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 
+    if not isinstance(given, dict):
+        raise ValueError(f"config: {given!r} is no mapping of fields to values.")
     if unknown := sorted(given.keys() - {field.name for field in fields(NanoGPTConfig)}):
         raise ValueError(f"config: NanoGPTConfig has no {', '.join(unknown)}.")
     try:

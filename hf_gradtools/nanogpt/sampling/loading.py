@@ -40,6 +40,7 @@ def load_trained(
 
 def load_trained_model(source: str, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
     """The model alone; see [`load_trained`]."""
+    check_device(device)
     path = Path(source).expanduser()
     checkpoint = path if path.is_file() else path / CHECKPOINT
     if checkpoint.is_file() and not (path / "config.json").exists():
@@ -65,6 +66,13 @@ def load_trained_tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"tokenizer={source!r} cannot be loaded: {reason}. Pass tokenizer= a folder or Hub id that has one, "
             "such as the folder of the dataset that the model was trained on."
         ) from error
+
+
+def check_device(device: str | None) -> None:
+    """ValueError unless this machine has the device."""
+    here = {"cpu", default_device()}
+    if device is not None and device.split(":")[0] not in here:
+        raise ValueError(f"device={device!r} is not on this machine. Pass one of {', '.join(sorted(here))}.")
 
 
 def default_device() -> str:

@@ -11,6 +11,7 @@ __all__ = ["MODES", "SampleOptions"]
 MODES = ("softmax", "softmax_top_k", "minmax", "rank", "topk", "all")
 FILE = "FILE:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SMALLEST_TEMPERATURE = 1e-4  # logits over it stay finite in float32
 
 
 @dataclass
@@ -94,8 +95,14 @@ class SampleOptions:
             "colorize_topk": 1, "lm_eval_limit": 1, "lm_eval_batch_size": 1,
         }  # fmt: skip
         for name, smallest in least.items():
-            if (value := getattr(self, name)) is not None and value < smallest:
+            if (value := getattr(self, name)) is not None and not value >= smallest:  # NaN too
                 raise ValueError(f"{name}={value} must be at least {smallest}.")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(f"temperature={self.temperature} overflows; 0 takes the likeliest token each time.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2^63.")
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty one stops everywhere. Leave it out.")
         if not self.top_k or min(self.top_k) < 0:
             raise ValueError(f"top_k={self.top_k} must be numbers of at least 0; 0 allows all tokens.")
         if not 0 < self.top_p <= 1:

@@ -115,3 +115,18 @@ def test_other_orders_and_a_filter(tmp_path):
             find_checkpoints(tmp_path, **wrong)
     with pytest.raises(ValueError, match="is no folder"):
         find_checkpoints(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", '{"log_history": null}'),
+        ("trainer_state.json", '{"log_history": [{"eval_loss": 1.0}]}'),
+        ("training.json", '{"best_val_loss": "bad", "vocab_size": 3}'),
+        ("training.json", '{"best_val_loss": -1e9, "vocab_size": 3}'),
+    ],
+)
+def test_a_damaged_file_is_a_row_with_an_error(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (found,) = find_checkpoints(tmp_path)
+    assert found.error
