@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -13,6 +15,7 @@ from hf_gradtools.nanogpt import NanoGPTConfig, hardware_report
 from hf_gradtools.nanogpt.cli import COMMANDS
 
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "nanogpt").glob("*.py"))
 SMALL = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--vocab_size", "65", "--block_size", "8"]
 
 
@@ -70,3 +73,12 @@ def test_a_folder_without_our_configuration_is_none(tmp_path):
     assert "holds no config.json" in run("hardware", "--compare", str(tmp_path)).output
     LlamaConfig().save_pretrained(tmp_path)
     assert "a llama model, whose parts nobody counted" in run("hardware", "--compare", str(tmp_path)).output
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_each_example_is_the_command(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    assert "usage: hf-gradtools nanogpt " in capsys.readouterr().out
