@@ -59,7 +59,8 @@ def prepare(
             `datasets` reads them.
         out_dir (`str` or `os.PathLike`): the folder to make.
         tokenizer (`str`, defaults to `"char"`): `"char"` (one id per character of the text, in sorted order), `"byte"`
-            (256 ids, takes any file), or a Hub id or folder of a tokenizer.
+            (256 ids, takes any file), or a Hub id or folder of a tokenizer, to which a special token spelled in the
+            text is that token.
         val_fraction (`float`, defaults to 0.1): share of the tokens, the last ones, that goes to `val.bin`.
         val_inputs (`str` or `Sequence[str]`, *optional*): a text for `val.bin` of its own, instead of `val_fraction`.
         split (`str`, *optional*): of datasets, default "train".

@@ -100,10 +100,12 @@ def _last_cut(text: str) -> int:
     """The last place where a text may be cut without changing how its parts are tokenized; 0 if there is none.
 
     That is after a line break between two words: tokenizers join runs of whitespace, and a word with what precedes it.
+    Of the two characters of a CRLF some make one token at the end of a text and two before a word, which is let pass.
     """
     cut = len(text)
     while (cut := text.rfind("\n", 1, cut - 1) + 1) > 0:
-        if not text[cut - 2].isspace() and not text[cut].isspace():
+        before = text[max(cut - 3, 0) : cut - 1].removesuffix("\r")
+        if before and not before[-1].isspace() and not text[cut].isspace():
             return cut
     return 0
 

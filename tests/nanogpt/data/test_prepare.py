@@ -82,6 +82,16 @@ def test_cutting_a_file_into_pieces_does_not_change_its_tokens(text_file, tmp_pa
     assert made.vocab_size == len(tokenizer)
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_lines_that_end_as_on_windows_are_not_cut_within_words(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<u>": 0, "words": 1}, unk_token="<u>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "words")
+    (tmp_path / "input.txt").write_text("words\r\n" * 1000, newline="")
+    made = prepare(str(tmp_path / "input.txt"), tmp_path / "out", str(tmp_path / "words"))
+    assert read(made).tolist() == [1] * 1000
+
+
 def test_rows_end_with_the_tokenizer_s_end_of_text(tmp_path):
     tokenizer = bpe(tmp_path / "bpe", 270)
     rows = [f"row {i} of it" for i in range(30)]
