@@ -19,7 +19,15 @@ from pathlib import Path
 from hf_gradtools.core.atomic import atomic_write
 
 
-__all__ = ["checkpoint_folder", "last_checkpoint", "list_checkpoints", "prune", "publish", "write_folder"]
+__all__ = [
+    "checkpoint_folder",
+    "checkpoint_iteration",
+    "last_checkpoint",
+    "list_checkpoints",
+    "prune",
+    "publish",
+    "write_folder",
+]
 
 NAME = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished"
@@ -30,6 +38,11 @@ RUN_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state.*)\.(pt|pth)|trai
 def checkpoint_folder(out_dir: Path, iteration: int) -> Path:
     """Where the checkpoint of an iteration is."""
     return out_dir / f"checkpoint-{iteration}"
+
+
+def checkpoint_iteration(checkpoint: Path) -> int:
+    """The iteration of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -65,7 +78,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def prune(out_dir: Path, kept: Collection[int]) -> None:
     """Removes all checkpoints but those of some iterations."""
     for path in list_checkpoints(out_dir):
-        if int(path.name.split("-")[1]) not in kept:
+        if checkpoint_iteration(path) not in kept:
             _remove(path)
 
 

@@ -6,22 +6,31 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
-from hf_gradtools.nanogpt.data.tokenizers import encode_text
+from hf_gradtools.nanogpt.data.tokenizers import UnknownCharacter, encode_text
 from hf_gradtools.nanogpt.training.options import TrainOptions
 
 
-__all__ = ["draw_sample"]
+__all__ = ["draw_sample", "sample_start"]
+
+
+def sample_start(data: TokenFolder, options: TrainOptions) -> list[int]:
+    """Ids of `sample_start_tokens`.
+
+    Raises:
+        ValueError: the dataset has no tokenizer, or it makes no tokens of them.
+    """
+    try:
+        ids = encode_text(data.tokenizer, options.sample_start_tokens)
+    except UnknownCharacter as error:
+        raise ValueError(f"sample_start_tokens={options.sample_start_tokens!r}: {error}") from error
+    if not ids:
+        raise ValueError(f"sample_start_tokens={options.sample_start_tokens!r} is no token. Pass some text.")
+    return ids
 
 
 def draw_sample(model: PreTrainedModel, data: TokenFolder, options: TrainOptions) -> str:
-    """A text as the `sample_*` options say; the generators of random numbers are left as they were.
-
-    Raises:
-        ValueError: the dataset has no tokenizer, or it does not know a character of `sample_start_tokens`.
-    """
-    start = torch.tensor([encode_text(data.tokenizer, options.sample_start_tokens)], device=model.device)
-    if not start.numel():
-        raise ValueError("sample_start_tokens='' is no token. Pass at least one character.")
+    """A text as the `sample_*` options say; the generators of random numbers are left as they were."""
+    start = torch.tensor([sample_start(data, options)], device=model.device)
     longest = getattr(model.config, "block_size", None)
     past_block = longest is not None and start.shape[1] + options.max_sample_tokens > longest
     crop = {"crop_to_block": True} if past_block and getattr(model.config, "use_abs_pos_embeddings", False) else {}

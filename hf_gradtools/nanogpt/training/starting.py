@@ -42,20 +42,23 @@ def check_names(names: Mapping[str, Any] | set[str], known: set[str]) -> None:
         raise ValueError(f"unknown options: {', '.join(unknown)}. {hint}")
 
 
-def build_model(init_from: str, given: NanoGPTConfig | Mapping[str, Any] | None, data: TokenFolder) -> PreTrainedModel:
+def build_model(
+    init_from: str, given: NanoGPTConfig | Mapping[str, Any] | None, data: TokenFolder, *, resumed: bool = False
+) -> PreTrainedModel:
     """A new model, or one to go on from.
 
     Args:
         init_from (`str`): "scratch", "gpt2…", a folder, a Hub id, or a nanoGPT `ckpt.pt`.
         given (`NanoGPTConfig` or mapping, *optional*): its configuration; of a mapping, `vocab_size` defaults to that
             of the data. A model that is not made anew takes a smaller `block_size` and another `dropout`; what else it
-            is given must be what it has.
+            is given, of a `NanoGPTConfig` all of it, must be what it has.
         data (`TokenFolder`): what it is trained on.
+        resumed (`bool`, defaults to `False`): the model goes on in its own run, and keeps its dropout.
 
     Raises:
         ValueError: the model cannot be loaded, does not fit the data, or is not what was asked for.
     """
-    asked = _changes(given) if isinstance(given, NanoGPTConfig) and init_from != SCRATCH else given
+    asked = _described(given) if isinstance(given, NanoGPTConfig) and init_from != SCRATCH else given
     if init_from == SCRATCH:
         model = NanoGPTForCausalLM(_config(asked, data))
     elif init_from.startswith(GPT2) and not Path(init_from).exists():
@@ -72,7 +75,7 @@ def build_model(init_from: str, given: NanoGPTConfig | Mapping[str, Any] | None,
     if init_from != SCRATCH:
         _compare_tokenizers(init_from, data)
     if init_from != SCRATCH and asked:
-        model = _adjusted(model, dict(asked), init_from)
+        model = _adjusted(model, dict(asked), init_from, resumed)
     return model
 
 
@@ -83,13 +86,9 @@ def _config(given: NanoGPTConfig | Mapping[str, Any] | None, data: TokenFolder) 
     return NanoGPTConfig(**{"vocab_size": data.vocab_size, **(given or {})})
 
 
-def _changes(config: NanoGPTConfig) -> dict[str, Any]:
-    """What a configuration says that is not the default."""
-    return {
-        name: getattr(config, name)
-        for name, field in config_fields().items()
-        if getattr(config, name) != field.default and name != "vocab_size"
-    }
+def _described(config: NanoGPTConfig) -> dict[str, Any]:
+    """What a configuration says of a model, but the vocabulary, which may be larger than the data's."""
+    return {name: getattr(config, name) for name in config_fields() if name != "vocab_size"}
 
 
 def _compare_tokenizers(init_from: str, data: TokenFolder) -> None:
@@ -122,13 +121,13 @@ def _load(name: str) -> PreTrainedModel:
         ) from error
 
 
-def _adjusted(model: PreTrainedModel, asked: dict[str, Any], init_from: str) -> PreTrainedModel:
+def _adjusted(model: PreTrainedModel, asked: dict[str, Any], init_from: str, resumed: bool) -> PreTrainedModel:
     """The model with the dropout asked for; ValueError if something is asked for that it is not."""
     config: PreTrainedConfig = model.config
     asked = {config.attribute_map.get(name, name): value for name, value in asked.items()}
     for name, value in asked.items():
         has = getattr(config, name, None)
-        if name == "dropout" or (name == "block_size" and (has is None or value <= has)):
+        if (name == "dropout" and not resumed) or (name == "block_size" and (has is None or value <= has)):
             continue
         if has != value:
             raise ValueError(

@@ -26,12 +26,14 @@ from hf_gradtools.nanogpt.training.arguments import training_arguments
 from hf_gradtools.nanogpt.training.card import write_nanogpt_card
 from hf_gradtools.nanogpt.training.checkpoints import (
     checkpoint_folder,
+    checkpoint_iteration,
     last_checkpoint,
     prune,
     publish,
 )
 from hf_gradtools.nanogpt.training.memory import peak_memory_mb, reset_peak_memory
 from hf_gradtools.nanogpt.training.options import TrainOptions
+from hf_gradtools.nanogpt.training.samples import sample_start
 from hf_gradtools.nanogpt.training.starting import RESUME, build_model
 from hf_gradtools.nanogpt.training.trainer import FIGURES, BlockTrainer
 
@@ -103,15 +105,17 @@ def train(
     data.check_ids()
     checkpoint = _checkpoint_to_resume(options, data, out_dir)
     if options.sample_each_eval:
-        _ = data.tokenizer  # says now if there is none
+        sample_start(data, options)  # says now if there is none
     arguments = training_arguments(options, resumed=checkpoint is not None)
     set_seed(options.seed)
-    model = build_model(options.init_from if checkpoint is None else str(checkpoint), model_config, data)
+    resumed = checkpoint is not None
+    model = build_model(str(checkpoint) if resumed else options.init_from, model_config, data, resumed=resumed)
     block_size = _block_size(model, model_config, out_dir if checkpoint is not None else None)
     trainer = BlockTrainer(model, arguments, options, data, block_size, echo or logger.info)
     trainer.remove_callback(PrinterCallback)
     reset_peak_memory(arguments.device)
     if options.eval_only:
+        trainer.state.global_step = 0 if checkpoint is None else checkpoint_iteration(checkpoint)
         trainer.evaluate()
         return _result(trainer)
     _begin(trainer, out_dir, block_size, checkpoint)

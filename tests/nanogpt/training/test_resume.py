@@ -9,7 +9,8 @@ import sys
 import pytest
 from transformers import TrainerCallback
 
-from hf_gradtools.nanogpt.data import prepare
+from hf_gradtools.nanogpt import NanoGPTConfig
+from hf_gradtools.nanogpt.data import TokenFolder, prepare
 from hf_gradtools.nanogpt.training import run_flags, train
 from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
 from hf_gradtools.nanogpt.training.trainer import BlockTrainer
@@ -94,6 +95,16 @@ def test_data_prepared_anew_is_noticed(tmp_path):
     prepare(str(tmp_path / "input.txt"), data, overwrite=True)
     with pytest.raises(ValueError, match="was begun with other data than is in"):
         train(options(data, tmp_path / "out", max_iters=6, lr_decay_iters=4, init_from="resume"))
+
+
+def test_a_resumed_model_is_what_is_asked_for_in_every_field(dataset, tmp_path):
+    config = NanoGPTConfig(vocab_size=TokenFolder(dataset).vocab_size, dropout=0.1, **{**MODEL, "n_layer": 1})
+    train(options(dataset, tmp_path, max_iters=4), config)
+    resume = options(dataset, tmp_path, max_iters=4, init_from="resume", eval_only=True)
+    assert train(resume, config).best_val_iter == 4
+    for other in (NanoGPTConfig(block_size=8), {"n_layer": 12}, {"dropout": 0.9}, {**MODEL, "dropout": 0.9}):
+        with pytest.raises(ValueError, match="but the model of init_from=.* Leave .* out"):
+            train(resume, other)
 
 
 def test_a_run_resumed_for_longer_is_resumed_so_again(dataset, tmp_path):

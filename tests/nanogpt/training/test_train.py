@@ -234,6 +234,8 @@ def test_any_causal_lm_can_be_trained(dataset, tmp_path):
         ({"dataset": "nowhere"}, {}, "dataset='nowhere' is no folder"),
         ({"report_to": "paper"}, {}, "report_to='paper': 'paper' is none of"),
         ({"init_from": "resume"}, {}, "holds no checkpoint to continue"),
+        ({"sample_each_eval": True, "sample_start_tokens": "ß"}, {}, "sample_start_tokens='ß': character 'ß'"),
+        ({"sample_each_eval": True, "sample_start_tokens": ""}, {}, "sample_start_tokens='' is no token"),
         ({"init_from": "./nowhere"}, {}, "init_from='./nowhere' cannot be loaded"),
         ({}, {"n_layers": 3}, "unknown options: n_layers. Did you mean n_layer"),
         ({}, {"vocab_size": 3}, "vocab_size=3, and the data in .* has ids up to"),
