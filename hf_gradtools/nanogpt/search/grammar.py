@@ -138,6 +138,8 @@ def _check_conditions(leaves: Sequence[_Leaf], met: set[str], combinations: Sequ
                 set_names = {name for combination in combinations for name in combination.config}
                 never = sorted({name for clause in spec.clauses for name in clause} - set_names)
                 why = f"No run sets {', '.join(never)}." if never else "No run has these values."
+                if any(isinstance(value, list) for clause in spec.clauses for value in clause.values()):
+                    why += " A list is one value here; for several of which one must hold, write several mappings."
                 raise GrammarError(f"{spec.place}: its conditions {wanted} never hold. {why}")
 
 

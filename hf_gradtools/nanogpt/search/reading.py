@@ -40,8 +40,8 @@ def read_documents(path: str | Path, format: str | None = None) -> list[Any]:
     path = Path(path)
     if format not in (None, *FORMATS.values()):
         raise ValueError(f"config_format={format!r} is unknown. Pass 'yaml' or 'json'.")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if (format or FORMATS.get(path.suffix.lower(), YAML)) == JSON:
             loaded = [json.loads(text, object_pairs_hook=_unique)]
         else:

@@ -76,10 +76,11 @@ def expand_range(start: int | float, end: int | float, step: int | float | None 
     first, last, stride = (Decimal(repr(number)) for number in (start, end, step))
     if (last - first) * stride < 0:
         raise ValueError(f"step={step!r} leads away from end={end!r}: start is {start!r}. Write step: {-step!r}.")
-    count = int((last - first) // stride) + 1
-    if count > MOST_VALUES:
-        raise ValueError(f"step={step!r} makes {count:,} values from {start!r} to {end!r}. Write a larger one.")
-    values = [first + index * stride for index in range(count)]
+    if (last - first) / stride >= MOST_VALUES:
+        raise ValueError(
+            f"step={step!r} makes more than {MOST_VALUES:,} values from {start!r} to {end!r}. Write a larger one."
+        )
+    values = [first + index * stride for index in range(int((last - first) // stride) + 1)]
     return [int(value) if whole else float(value) for value in values]
 
 

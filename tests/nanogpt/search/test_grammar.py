@@ -231,7 +231,8 @@ def test_yaml_merge_keys_may_be_overridden(tmp_path):
         ("a: {range: {start: '1', end: 2}}", "a.range.start is '1'"),
         ("a: {range: {start: 1, end: 2, step: 0}}", "step is 0"),
         ("a: {range: {start: 1, end: 2, step: -1}}", "leads away from end"),
-        ("a: {range: {start: 0, end: 1, step: 1e-9}}", "1,000,000,001 values"),
+        ("a: {range: {start: 0, end: 1, step: 1e-9}}", "more than 100,000 values from 0 to 1"),
+        ("a: {range: {start: 0, end: 1e300, step: 1e-300}}", "more than 100,000 values"),
         ("a: {conditions: {b: 1}}", "a has the keys 'conditions'"),
         ("a: {conditions: {b: 1}, options: 2, more: 3}", "it needs 'conditions' and 'options'"),
         ("a: {conditions: {b: 1}, options: []}\nb: 1", "a.options is an empty list"),
@@ -239,6 +240,7 @@ def test_yaml_merge_keys_may_be_overridden(tmp_path):
         ("a: {conditions: [[b, 1], [b, 2]], options: [1]}\nb: [1, 2]", "wants 'b' to be 1 and 2 at once"),
         ("a: {conditions: {b: 3}, options: [1]}\nb: [1, 2]", "document 1: a: its conditions b=3 never hold"),
         ("a: {conditions: {c: 3}, options: [1]}\nb: 1", "No run sets c"),
+        ("a: {conditions: {b: [1, 2]}, options: [1]}\nb: [1, 2]", "A list is one value here"),
         ("a: 1\n---\na: 2\nparameter_group: [{b: 1}]", "document 2: 'parameter_group' is no key of the grammar"),
         ("named_things: 1", "'named_things' is no key of the grammar"),
         ("a: 1\nparameter_groups: [{a: 2}]", "a is given twice"),
@@ -265,6 +267,14 @@ def test_what_has_no_meaning_is_refused_by_file_document_and_key(tmp_path, text,
     with pytest.raises(GrammarError, match="sweep.yaml") as refused:
         explore(tmp_path, text)
     assert told in str(refused.value)
+
+
+def test_files_of_other_editors_are_read_or_refused_by_name(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: 1", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "x.yaml") == [{"a": 1}]
+    (tmp_path / "x.yaml").write_text("a: 1", encoding="utf-16")
+    with pytest.raises(GrammarError, match="x.yaml: .*codec can't decode"):
+        read_documents(tmp_path / "x.yaml")
 
 
 def test_a_key_twice_in_json_is_refused(tmp_path):
