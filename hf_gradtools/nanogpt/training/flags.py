@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -21,6 +22,8 @@ __all__ = ["given_flags", "parser_for"]
 
 ENTRY = re.compile(r"^(?P<indent> *)(?P<names>\w+(?:, *\w+)*)(?: *\((?P<type>.*)\))?: *(?P<text>.*)$")
 SECTION = re.compile(r"^ *(Args|Arguments|Attributes|Parameters|Returns|Raises|Example|Examples|Source|Note):")
+NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+NONE = ("none", "null")
 UNGIVEN = object()
 
 
@@ -52,6 +55,7 @@ def parser_for(
         allow_abbrev=False,
     )
     parser.dataclass_types = list(dataclass_types)
+    parser._negative_number_matcher = NUMBER  # argparse's own takes -1e-3 for a flag
     groups: dict[str, Any] = {}
     for dataclass_type in dataclass_types:
         types, texts = get_type_hints(dataclass_type), _documented(dataclass_type)
@@ -139,6 +143,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any]) -> None:
         _add(parser, field, type=_reader(scalars, takes_none), nargs="+", action=_OneOrSeveral)
     elif len(scalars) > 1:
         _add(parser, field, type=_reader(scalars))
+    elif members == [int]:
+        _add(parser, field, type=_whole)
     else:
         HfArgumentParser._parse_dataclass_field(parser, field)
 
@@ -184,12 +190,12 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _reader(scalars: Sequence[Any], takes_none: bool = False) -> Callable[[str], Any]:
-    """Reads a word as the first of several types that takes it; perhaps `none` as None."""
+    """Reads a word as the first of several types that takes it; perhaps `none` and `null` as None."""
     readers = [_choice(kind) if get_origin(kind) is Literal else _READERS.get(kind, kind) for kind in scalars]
     readers.sort(key=lambda reader: reader is str)  # a text takes every word
 
     def read(word: str) -> Any:
-        if takes_none and word.lower() == "none":
+        if takes_none and word.lower() in NONE:
             return None
         for reader in readers:
             try:
@@ -219,7 +225,16 @@ def _json(word: str) -> Any:
         raise ArgumentTypeError(f"{word!r} is no JSON: {error}") from error
 
 
-_READERS: dict[Any, Callable[[str], Any]] = {bool: string_to_bool}
+def _whole(word: str) -> int:
+    """Reads `2000`, and what a file's `2e3` or a range's `2000.0` is written as."""
+    for reader in (int, float):
+        with contextlib.suppress(ValueError):
+            if (number := reader(word)) == number // 1:
+                return int(number)
+    raise ArgumentTypeError(f"{word!r} is no whole number")
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {bool: string_to_bool, int: _whole}
 
 
 def _documented(dataclass_type: type) -> dict[str, str]:

@@ -94,7 +94,11 @@ def run_flags(flags: Mapping[str, Any], *, echo: Callable[[str], None] | None = 
 
 def split_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a run, and the fields of its model, each of the type that it should have."""
-    given = {NanoGPTConfig.attribute_map.get(name, name): value for name, value in flags.items() if value is not None}
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        own = NanoGPTConfig.attribute_map.get(name, name)
+        if value is not None and given.setdefault(own, value) != value:
+            raise ValueError(f"{own} is given twice, as {name}={value!r} too. Leave it in one place.")
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     check_names(given, names | set(config_fields()))
     read = given_flags(_raising_parser(), [word for name, value in given.items() for word in _words(name, value)])
@@ -119,5 +123,7 @@ def config_of_flags(flags: Mapping[str, Any]) -> NanoGPTConfig:
 def _words(name: str, value: Any) -> list[str]:
     """A value as on a command line."""
     if isinstance(value, (list, tuple)):
+        if not value or any(isinstance(item, str) and item.startswith("--") for item in value):
+            raise ValueError(f"{name}={value!r} must have elements, and none that is a flag.")
         return [f"--{name}", *("none" if item is None else str(item) for item in value)]
     return [f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}"]

@@ -34,6 +34,8 @@ class Options:
     cap: int | float = 1
     extra: dict[str, Any] | None = None
     device_name: str | None = None
+    windows: int | list[int | None] | None = None
+    shifts: list[float] = field(default_factory=list)
 
 
 def parse(*words):
@@ -63,6 +65,11 @@ def test_values_keep_the_types_of_their_fields():
     )  # fmt: skip
     assert parse("--variant", "kan").variant == "kan"
     assert parse("--cap", "2").cap == 2
+
+
+def test_words_that_are_none_and_numbers_that_look_like_flags():
+    parsed = parse("--windows", "8", "null", "NONE", "--shifts", "-1e-3", "2", "-.5")
+    assert (parsed.windows, parsed.shifts) == ([8, None, None], [-1e-3, 2.0, -0.5])
 
 
 def test_given_flags_hold_only_what_was_typed():

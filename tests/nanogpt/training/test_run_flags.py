@@ -40,8 +40,12 @@ def test_flags_reach_options_and_model_whole(dataset, tmp_path):
     ("flags", "message"),
     [
         ({"n_head": 2, "batchsize": 3}, "unknown options: batchsize. Did you mean batch_size"),
-        ({"max_iters": "many"}, "max_iters.*invalid int value: 'many'"),
+        ({"max_iters": "many"}, "max_iters.*'many' is no whole number"),
+        ({"max_iters": 2.5}, "max_iters.*'2.5' is no whole number"),
         ({"layer_types": ["full_attention"]}, "unknown options: layer_types"),
+        ({"n_layer": 2, "num_hidden_layers": 3}, "n_layer is given twice, as num_hidden_layers=3 too"),
+        ({"attention_variant": ["causal", "--n_layer=3"]}, "attention_variant=.* none that is a flag"),
+        ({"mlp_size": []}, "mlp_size=.. must have elements"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(flags, message):
@@ -66,6 +70,12 @@ def test_values_survive_being_written_as_words():
     flags = {"sample_start_tokens": "-\n x", "consmax_initial_beta": -2.5, "kan_middle_layers": [3], "bias": True}
     options, model = split_flags(flags)
     assert {**options, **model} == flags
+
+
+def test_whole_numbers_may_be_written_as_a_range_or_yaml_has_them():
+    options, model = split_flags({"max_iters": 2e3, "n_layer": 2.0, "mlp_size": [8.0], "learning_rate": "-0.0"})
+    assert {**options, **model} == {"max_iters": 2000, "n_layer": 2, "mlp_size": 8, "learning_rate": 0.0}
+    assert all(type(value) is int for value in (options["max_iters"], model["n_layer"]))
 
 
 def test_command_line_with_a_file_and_resuming_without_repeating_it(dataset, tmp_path, capsys):
