@@ -7,6 +7,7 @@ runs only what is missing: the rest of the round that was interrupted.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -69,9 +70,9 @@ class SearchSettings:
     max_iters_increase: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.increments or 0 in self.increments.values():
+        if not self.increments or not all(step and math.isfinite(step) for step in self.increments.values()):
             raise ValueError(
-                f"increments={list(self.increments.values())}; pass one for each parameter, none of them 0."
+                f"increments={list(self.increments.values())}; pass a finite one for each parameter, none of them 0."
             )
         for name, smallest in {
             "iterations": 1,

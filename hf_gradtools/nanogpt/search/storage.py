@@ -29,7 +29,8 @@ def open_study(folder: Path, storage: Any = None) -> Any:
     Args:
         folder (`Path`): holds the journal.
         storage (`str` or `optuna.storages.BaseStorage`, *optional*): another storage or its URL; default a journal
-            in `folder`, which any number of processes and machines that share the folder may write.
+            in `folder`, which any number of processes and machines that share the folder may write. In another
+            storage the study has the folder's name, since other folders may use it too.
 
     Returns:
         `optuna.Study`: of values to be minimised.
@@ -40,7 +41,7 @@ def open_study(folder: Path, storage: Any = None) -> Any:
     try:
         return optuna.create_study(
             storage=_journal(folder) if storage is None else storage,
-            study_name=STUDY,
+            study_name=STUDY if storage is None else f"{STUDY} of {folder.absolute().name}",
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: all that runs is enqueued
         )

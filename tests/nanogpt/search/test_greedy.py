@@ -220,6 +220,14 @@ def test_a_layer_more_is_a_copy_of_one_with_its_elements_of_lists():
     assert config["attention_variant"] == ["causal", "ssm"]
 
 
+def test_lists_of_layers_are_as_long_as_there_are_layers_whichever_are_left_out():
+    baseline = {"n_layer": 4, "x_layerlist": [1, 2, 3, 4]}
+    found = values(baseline, {"n_layer": 1}, 3, direction="down", nlayer_dup_mode="dup_each")
+    lists = {tuple(config["x_layerlist"]) for _, _, config in found}
+    assert {len(config["x_layerlist"]) - config["n_layer"] for _, _, config in found} == {0}
+    assert lists == {(2, 3, 4), (1, 3, 4), (1, 2, 4), (1, 2, 3), (3, 4), (1, 4), (1, 2), (4,), (1,)}
+
+
 def test_candidates_that_fail_are_recorded_and_skipped(tmp_path):
     log = search(tmp_path, rounds=1, settings=replace(SETTINGS, increments={"n_head": 1, "n_embd": 4}))
     failed = [entry for entry in log["iterations"][1]["candidates"] if "error" in entry]
@@ -310,6 +318,7 @@ def test_costs_of_the_hardware_report_need_no_run(tmp_path):
         ({"n": True}, {"increments": {"n": 1}}, "'n' is True; only numbers"),
         ({"n": "4"}, {"increments": {"n": 1}}, "'n' is '4'; only numbers"),
         ({"n": 1}, {"increments": {"n": 0}}, "none of them 0"),
+        ({"n": 1}, {"increments": {"n": math.nan}}, "pass a finite one"),
         ({"n": 1}, {"increments": {"n": 1}, "iterations": 0}, "iterations=0 must be at least 1"),
         ({"n": 1}, {"increments": {"n": 1}, "efficiency_target": "area"}, "efficiency_target='area' is unknown"),
         ({"n": 1}, {"increments": {"n": 1}, "direction": "left"}, "direction='left' is unknown"),

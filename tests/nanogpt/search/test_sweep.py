@@ -117,6 +117,13 @@ def test_a_second_start_runs_nothing_again(tmp_path):
     assert [line for line in notes(tmp_path) if line.startswith("start")] == [f"start {x}" for x in range(1, 5)]
 
 
+def test_sweeps_that_share_a_storage_keep_their_runs_apart(tmp_path):
+    url = f"sqlite:///{tmp_path}/runs.db"
+    for name, x in (("one", 1), ("two", 2)):
+        run_sweep([{"x": x, "seconds": 0}], tmp_path / name, stub, in_process=True, storage=url)
+    assert results_table(tmp_path / "two", url)["x"][:] == [2]
+
+
 TROUBLES = {
     "raise": ("ValueError", "n_head=3 does not divide"),
     "kill": ("ProcessDied", "SIGKILL"),
