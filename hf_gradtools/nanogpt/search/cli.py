@@ -41,7 +41,7 @@ def run_experiments_main(argv: list[str] | None = None) -> None:
             include_common_group_in_name=arguments.include_common_group_in_name,
             expand_named_groups_in_names=arguments.expand_named_groups_in_names,
         )
-        check_flags(flag for run in runs for flag in run.config)
+        check_flags(run.config for run in runs)
         folder = _sweep_folder(arguments)
         typer.echo(f"{len(runs)} runs in {folder}")
         if arguments.dry_run:
@@ -83,7 +83,7 @@ def hyperparam_search_main(argv: list[str] | None = None) -> None:
             train_run,
         )
 
-        check_flags(baseline)
+        check_flags([baseline])
         results = Path(arguments.results_file)
         folder = Path(arguments.output_dir) if arguments.output_dir else results.with_suffix("")
         pool = Pool(

@@ -91,16 +91,14 @@ def metrics_of(result: TrainResult) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def check_flags(names: Iterable[str]) -> None:
-    """ValueError if a name is no flag of a training, before anything runs."""
-    from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
-    from hf_gradtools.nanogpt.training.options import TrainOptions
-    from hf_gradtools.nanogpt.training.starting import check_names, config_fields
+def check_flags(configs: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError if a configuration has a name that is no flag of a training, or a value that its flag cannot have."""
+    from hf_gradtools.nanogpt.training.run import split_flags
 
-    names = set(names)
-    if OUT_DIR in names:
-        raise ValueError("out_dir is in the configuration; every run gets a folder of its own. Leave it out.")
-    check_names(names, {*TrainOptions.__dataclass_fields__, *config_fields(), *NanoGPTConfig.attribute_map})
+    for config in configs:
+        if OUT_DIR in config:
+            raise ValueError("out_dir is in the configuration; every run gets a folder of its own. Leave it out.")
+        split_flags(config)
 
 
 def report_of_flags(flags: Mapping[str, Any]) -> HardwareReport:

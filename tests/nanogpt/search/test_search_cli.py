@@ -119,8 +119,8 @@ def test_lists_of_layers_are_told_from_other_flags():
 @pytest.mark.parametrize("name", sorted(path.name for path in EXPLORATIONS.iterdir()))
 def test_the_explorations_of_the_examples_describe_models(name):
     runs = read_exploration(EXPLORATIONS / name)
+    check_flags(each.config for each in runs)
     for each in runs:
-        check_flags(each.config)
         report_of_flags(each.config)
     assert len(runs) == (1 if name == "baseline.yaml" else 6)
 
@@ -130,6 +130,7 @@ def test_the_explorations_of_the_examples_describe_models(name):
     [
         (run_experiments_main, ["-c", "none.yaml"], "none.yaml"),
         (run_experiments_main, ["-c", "{unknown}"], "unknown options: n_hed. Did you mean n_head"),
+        (run_experiments_main, ["-c", "{wrong}"], "'many' is no whole number"),
         (run_experiments_main, ["-c", "{out}"], "out_dir is in the configuration"),
         (run_experiments_main, ["-c", "{empty}"], "n_head is an empty list"),
         (run_experiments_main, ["-c", "{fine}", "--workers", "0"], "--workers 0 must be at least 1"),
@@ -150,6 +151,7 @@ def test_the_explorations_of_the_examples_describe_models(name):
 def test_mistakes_are_told_in_one_line_before_anything_runs(tmp_path, monkeypatch, capsys, main, words, told):
     monkeypatch.chdir(tmp_path)
     files = {"unknown": {"n_hed": 1}, "out": {"out_dir": "x"}, "empty": {"n_head": []}, "fine": {"n_head": 2}}
+    files["wrong"] = {"n_layer": [1, 2], "max_iters": [2e3, "many"]}
     paths = {name: written(tmp_path / f"{name}.yaml", value) for name, value in files.items()}
     with pytest.raises(SystemExit) as ended:
         main([word.format(**paths) for word in words])
