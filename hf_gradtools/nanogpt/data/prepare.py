@@ -60,7 +60,8 @@ def prepare(
         out_dir (`str` or `os.PathLike`): the folder to make.
         tokenizer (`str`, defaults to `"char"`): `"char"` (one id per character of the text, in sorted order), `"byte"`
             (256 ids, takes any file), or a Hub id or folder of a tokenizer, to which a special token spelled in the
-            text is that token.
+            text is that token. A file is encoded in pieces of 262,144 characters and the rest of a line; a tokenizer
+            that marks the beginning of a text does so in each.
         val_fraction (`float`, defaults to 0.1): share of the tokens, the last ones, that goes to `val.bin`.
         val_inputs (`str` or `Sequence[str]`, *optional*): a text for `val.bin` of its own, instead of `val_fraction`.
         split (`str`, *optional*): of datasets, default "train".
