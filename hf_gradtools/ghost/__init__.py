@@ -1,8 +1,9 @@
 """Ghost engines: which training samples help or hurt a validation set, told while a model trains; and projections of
 every sample's gradient, stored, searched and selected from."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_gradtools.core.lazy import lazy_names
 
 
 _LAZY = {
@@ -52,12 +53,7 @@ if TYPE_CHECKING:
     from .results import GhostValues, ghost_values
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_LAZY)}")
-    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -3,20 +3,21 @@
 Names load on first use: transformers' Auto classes know this package without importing a model.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_gradtools.core.lazy import lazy_names
 
 
 _LAZY = {
-    "Component": "hf_gradtools.nanogpt.components",
-    "HardwareReport": "hf_gradtools.nanogpt.hardware",
-    "NanoGPTConfig": "hf_gradtools.nanogpt.configuration_nanogpt",
-    "NanoGPTForCausalLM": "hf_gradtools.nanogpt.modeling_nanogpt",
-    "NanoGPTModel": "hf_gradtools.nanogpt.modeling_nanogpt",
-    "TokenFolder": "hf_gradtools.nanogpt.data",
-    "VARIANTS": "hf_gradtools.nanogpt.components",
-    "hardware_report": "hf_gradtools.nanogpt.hardware",
-    "register": "hf_gradtools.nanogpt.components",
+    "Component": "components",
+    "HardwareReport": "hardware",
+    "NanoGPTConfig": "configuration_nanogpt",
+    "NanoGPTForCausalLM": "modeling_nanogpt",
+    "NanoGPTModel": "modeling_nanogpt",
+    "TokenFolder": "data",
+    "VARIANTS": "components",
+    "hardware_report": "hardware",
+    "register": "components",
 }
 
 __all__ = [
@@ -38,10 +39,4 @@ if TYPE_CHECKING:
     from hf_gradtools.nanogpt.hardware import HardwareReport, hardware_report
     from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM, NanoGPTModel
 
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'hf_gradtools.nanogpt' has no attribute {name!r}; it has {', '.join(_LAZY)}")
-    value: object = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _LAZY)

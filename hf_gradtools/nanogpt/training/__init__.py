@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_gradtools.core.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -16,8 +17,4 @@ __all__ = ["TrainOptions", "TrainResult", "run_flags", "train"]
 # The command lines import flags and options from here, and must not wait for Trainer.
 _MODULES = {"TrainOptions": "options", "TrainResult": "workflow", "run_flags": "run", "train": "workflow"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
