@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -73,10 +74,18 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(protocol, tmp_path):
 HUGE = b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b"x."  # says that so many bytes follow
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", HUGE, pickle.dumps([1]), pickle.dumps({"vocab_size": "x"})])
+SPARSE = b"\x80\x02Nr" + (1 << 28).to_bytes(4, "little") + b"."  # has an entry of that number
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", HUGE, SPARSE, pickle.dumps([1]), pickle.dumps({"vocab_size": "x"})]
+)
 def test_a_broken_pickle_is_told(content, tmp_path):
+    folder = write(tmp_path / "d", pickled=content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"meta\.pkl"):
-        TokenFolder(write(tmp_path / "d", pickled=content))
+        TokenFolder(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (1 << 20)  # KiB
 
 
 def test_a_pickle_too_large_for_a_vocabulary_is_not_read(tmp_path):
