@@ -1,8 +1,11 @@
 """Parallel forms against the recurrences, with their gradients; states carried from call to call."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from hf_gradtools.nanogpt import recurrent
 from hf_gradtools.nanogpt.recurrent import linear_attention, linear_recurrence
 from tests.nanogpt import references as ref
 from tests.nanogpt.tiny import NO_POSITIONS, build
@@ -47,8 +50,10 @@ RECURRENCES = {"linear": linear_by_recurrence, "ssm": ssm_by_recurrence}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", RECURRENCES)
-def test_the_parallel_form_and_its_gradients_are_those_of_the_recurrence(name, length):
+@pytest.mark.parametrize(("name", "chunk"), [("linear", None), ("ssm", None), ("ssm", 16)])
+def test_the_parallel_form_and_its_gradients_are_those_of_the_recurrence(name, chunk, length, monkeypatch):
+    """ssm: as a CPU takes it, step by step, and as an accelerator does, in chunks."""
+    monkeypatch.setattr(recurrent, "linear_recurrence", partial(linear_recurrence, chunk=chunk))
     attn, run = mixer(name)
     x = torch.randn(1, length, 16, dtype=torch.float64, requires_grad=True)
     direction, inputs = torch.randn_like(x), [x, *attn.parameters()]
@@ -80,20 +85,22 @@ def test_the_tokens_own_term_is_felt_by_the_state_space():
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
-def test_a_recurrence_goes_on_from_a_state(length):
+@pytest.mark.parametrize("chunk", [None, 5, 16])
+def test_a_recurrence_goes_on_from_a_state(length, chunk):
     decay, inputs = torch.rand(2, length, 3, dtype=torch.float64), torch.randn(2, length, 3, dtype=torch.float64)
     state = torch.randn(2, 3, dtype=torch.float64)
-    h, last = linear_recurrence(decay, inputs, state)
+    h, last = linear_recurrence(decay, inputs, state, chunk)
     for t in range(length):
         state = decay[:, t] * state + inputs[:, t]
         torch.testing.assert_close(h[:, t], state)
     torch.testing.assert_close(last, state)
 
 
-def test_a_recurrence_survives_decays_of_zero_and_long_sequences():
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_a_recurrence_survives_decays_of_zero_and_long_sequences(chunk):
     decay = torch.zeros(1, 1000, 1)
     decay[:, ::7] = 1e-30
-    h, _ = linear_recurrence(decay.requires_grad_(), torch.ones(1, 1000, 1), torch.zeros(1, 1))
+    h, _ = linear_recurrence(decay.requires_grad_(), torch.ones(1, 1000, 1), torch.zeros(1, 1), chunk)
     torch.testing.assert_close(h, torch.ones_like(h))
     h.sum().backward()
     assert decay.grad.isfinite().all()
