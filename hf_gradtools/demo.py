@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hf_gradtools.core.atomic import rename_unless_there
+
 
 __all__ = ["demo_model_path"]
 
@@ -42,7 +44,7 @@ def demo_model_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             _convert(gguf_file, unfinished)
-            _rename_unless_there(unfinished, folder)
+            rename_unless_there(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -77,11 +79,3 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     unquantized = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unquantized)
     model.save_pretrained(folder)
-
-
-def _rename_unless_there(unfinished: Path, folder: Path) -> None:
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise

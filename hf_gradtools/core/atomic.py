@@ -44,3 +44,12 @@ def write_json_atomically(path: Path, value: Any, *, tmp_suffix: str = ".tmp") -
     """Writes `value` as indented JSON through [`atomic_write`]."""
     with atomic_write(path, tmp_suffix=tmp_suffix) as file:
         file.write(as_json_bytes(value))
+
+
+def rename_unless_there(unfinished: Path, folder: Path) -> None:
+    """Gives a finished folder its name, unless another process that made the same was faster."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hf_gradtools.core.atomic import rename_unless_there
 from hf_gradtools.nanogpt.data.prepare import prepare
 
 
@@ -41,13 +42,5 @@ def shakespeare_char(cache_dir: str | os.PathLike[str] | None = None) -> Path:
             with gzip.open(TEXT) as packed, open(text, "wb") as file:
                 shutil.copyfileobj(packed, file)
             prepare(str(text), Path(unfinished) / NAME)
-            _rename_unless_there(Path(unfinished) / NAME, folder)
+            rename_unless_there(Path(unfinished) / NAME, folder)
     return folder
-
-
-def _rename_unless_there(unfinished: Path, folder: Path) -> None:
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise
