@@ -5,11 +5,9 @@ The same functions stand behind `examples/nanogpt/*.py`.
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import typer
 
-from hf_gradtools.workflow.terminal import one_line_errors, quiet_imports
+from hf_gradtools.workflow.terminal import add_commands
 
 
 # Command: its module, its function, and what it does.
@@ -31,24 +29,4 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, module: str, function: str, text: str) -> None:
-    # The workflow's own parser answers --help, and knows which words are flags.
-    @app.command(
-        name,
-        help=text,
-        add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    def command(context: typer.Context) -> None:
-        quiet_imports()
-        with one_line_errors():
-            from huggingface_hub.errors import StrictDataclassError
-
-            try:
-                getattr(import_module(f"hf_gradtools.nanogpt.{module}"), function)(context.args)
-            except StrictDataclassError as error:  # a field of the configuration of the wrong type
-                raise ValueError(str(error)) from error
-
-
-for _name, _entry in COMMANDS.items():
-    _add(_name, *_entry)
+add_commands(app, "hf_gradtools.nanogpt", COMMANDS)

@@ -17,8 +17,8 @@ from hf_gradtools.hub import is_hub_id
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.costs import KINDS_OF_OPS, Ops
 from hf_gradtools.nanogpt.hardware import HardwareReport, compare, hardware_report
-from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
 from hf_gradtools.nanogpt.training.run import ModelFlags, config_of_flags
+from hf_gradtools.workflow.flags import given_flags, parser_for
 
 
 @dataclass

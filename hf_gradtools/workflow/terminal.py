@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -62,6 +63,37 @@ def _as_flag(match: re.Match[str]) -> str:
     return f"--{match[1].replace('_', '-')}" + ("" if match[2] else " ")
 
 
+def add_commands(app: typer.Typer, package: str, commands: Mapping[str, tuple[str, str, str]]) -> None:
+    """Adds commands that hand their words to a parser of their own, with that workflow's flags alone.
+
+    Args:
+        app: of an area.
+        package: the area's package, imported once a command is run.
+        commands: name -> its module in the package, its function, which takes the words, and what it does.
+    """
+    for name, (module, function, text) in commands.items():
+        _add_command(app, name, f"{package}.{module}", function, text)
+
+
+def _add_command(app: typer.Typer, name: str, module: str, function: str, text: str) -> None:
+    # The workflow's own parser answers --help, and knows which words are flags.
+    @app.command(
+        name,
+        help=text,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def command(context: typer.Context) -> None:
+        quiet_imports()
+        with one_line_errors():
+            from huggingface_hub.errors import StrictDataclassError
+
+            try:
+                getattr(import_module(module), function)(context.args)
+            except StrictDataclassError as error:  # a field of a configuration of the wrong type
+                raise ValueError(str(error)) from error
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """Tells who interrupts a run how it goes on."""
@@ -84,3 +116,17 @@ def quiet() -> None:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keeps transformers from showing a bar for the files it reads and writes."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

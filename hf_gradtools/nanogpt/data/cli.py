@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import typer
 
-from hf_gradtools.nanogpt.training.flags import parser_for
+from hf_gradtools.workflow.flags import parser_for
 from hf_gradtools.workflow.terminal import one_line_errors, quiet
 
 

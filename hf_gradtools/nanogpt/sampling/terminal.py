@@ -36,7 +36,7 @@ def command_line(options: type, argv: list[str] | None, prog: str, description: 
     """
     try:
         with one_line_errors(options):
-            from hf_gradtools.nanogpt.training.flags import parser_for
+            from hf_gradtools.workflow.flags import parser_for
 
             parser = parser_for(options, prog=prog, description=description)
             (parsed,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)

@@ -129,7 +129,7 @@ def _command(arguments: type) -> Iterator[None]:
 
 
 def _parsed(kind: type, prog: str, text: str, argv: list[str] | None) -> Any:
-    from hf_gradtools.nanogpt.training.flags import parser_for
+    from hf_gradtools.workflow.flags import parser_for
 
     (arguments,) = parser_for(kind, prog=prog, description=text).parse_args_into_dataclasses(argv)
     return arguments

@@ -61,7 +61,7 @@ def _append_line(log: Path, line: str) -> None:
 
 def _take_up(earlier: Iterable[Path], folder: Path) -> bool:
     """Copies the checkpoints of a killed attempt; its own stay, for its process may still write."""
-    from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
+    from hf_gradtools.workflow.checkpoints import last_checkpoint, list_checkpoints, write_folder
 
     for killed in earlier:
         checkpoints = list_checkpoints(killed)

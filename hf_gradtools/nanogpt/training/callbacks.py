@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from hf_gradtools.nanogpt.training.options import TrainOptions
+from hf_gradtools.workflow.display import Display
 
 
-__all__ = ["Display", "Pace", "no_bars"]
+__all__ = ["LossDisplay", "Pace"]
 
 
 class Pace(TrainerCallback):
@@ -71,61 +68,9 @@ def _now(args: TrainingArguments) -> float:
     return time.perf_counter()
 
 
-class Display(TrainerCallback):
-    """A progress bar, and a line on each evaluation.
+class LossDisplay(Display):
+    """A line of losses on each evaluation."""
 
-    Args:
-        progress (`bool`): whether to show the bar.
-        echo (`Callable`): takes the lines.
-    """
-
-    def __init__(self, progress: bool, echo: Callable[[str], None]):
-        self.progress, self.echo = progress, echo
-        self.bar: Any = None
-        self.train_loss: float | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="it", disable=not self.progress, leave=False
-            )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if self.bar is None:
-            return
-        if "loss" in logs:
-            self.train_loss = logs["loss"]
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-        if "eval_loss" in logs:
-            train = "" if self.train_loss is None else f", train loss {self.train_loss:.4f}"
-            self.say(f"iter {state.global_step}: val loss {logs['eval_loss']:.4f}{train}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def say(self, line: str) -> None:
-        """Shows a line above the bar."""
-        with tqdm.external_write_mode():
-            self.echo(line)
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Keeps transformers from showing a bar for the files it reads and writes."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    def describe(self, state: TrainerState, logs: dict[str, Any]) -> str:
+        train = "" if self.train_loss is None else f", train loss {self.train_loss:.4f}"
+        return f"iter {state.global_step}: val loss {logs['eval_loss']:.4f}{train}"

@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_errors(TrainOptions):
             quiet()
             from hf_gradtools.core.distributed import rank
-            from hf_gradtools.nanogpt.training.flags import given_flags
             from hf_gradtools.nanogpt.training.run import run_flags, train_parser
+            from hf_gradtools.workflow.flags import given_flags
 
             flags = given_flags(train_parser(), argv)
             result = run_flags({**_read(flags.pop("config", None)), **flags}, echo=typer.echo)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from hf_gradtools.nanogpt.data.blocks import TokenBlocks
+from hf_gradtools.workflow.loader import ConsecutiveBatches
 
 
 __all__ = ["block_loader"]
@@ -31,22 +31,6 @@ class _WholeBatches(Dataset[dict[str, torch.Tensor]]):
         return self.blocks.batch(indices)
 
 
-class _ConsecutiveBatches(Sampler[np.ndarray]):
-    """Numbers of the samples of each batch: 0, 1, 2, … dealt to the processes batch by batch."""
-
-    def __init__(self, batches: int, batch_size: int, process_index: int, processes: int):
-        self.batches, self.batch_size = batches, batch_size
-        self.process_index, self.processes = process_index, processes
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rows = np.arange(self.batch_size)
-        for batch in range(self.batches):
-            yield rows + (batch * self.processes + self.process_index) * self.batch_size
-
-
 def block_loader(
     blocks: TokenBlocks, batches: int, batch_size: int, process_index: int = 0, processes: int = 1
 ) -> DataLoader[Any]:
@@ -63,7 +47,7 @@ def block_loader(
     """
     return DataLoader(
         _WholeBatches(blocks),
-        batch_sampler=_ConsecutiveBatches(batches, batch_size, process_index, processes),
+        batch_sampler=ConsecutiveBatches(batches, batch_size, process_index, processes),
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it would draw from the generator of dropout
     )

@@ -14,9 +14,9 @@ from transformers import HfArgumentParser
 
 from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
-from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
 from hf_gradtools.nanogpt.training.options import TrainOptions
 from hf_gradtools.nanogpt.training.starting import RESUME, SCRATCH, check_names, config_fields
+from hf_gradtools.workflow.flags import given_flags, parser_for
 
 
 if TYPE_CHECKING:

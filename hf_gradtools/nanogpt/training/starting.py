@@ -16,7 +16,7 @@ from hf_gradtools.nanogpt.configuration_nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.data.tokenizers import load_tokenizer
 from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
-from hf_gradtools.nanogpt.training.callbacks import no_bars
+from hf_gradtools.workflow.terminal import no_bars
 
 
 __all__ = ["RESUME", "SCRATCH", "build_model", "check_names", "config_fields"]

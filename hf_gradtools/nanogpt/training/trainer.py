@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.modeling_nanogpt import NanoGPTForCausalLM
-from hf_gradtools.nanogpt.training.callbacks import Display, Pace, no_bars
-from hf_gradtools.nanogpt.training.checkpoints import checkpoint_folder, last_checkpoint, prune, publish, write_folder
+from hf_gradtools.nanogpt.training.callbacks import LossDisplay, Pace
 from hf_gradtools.nanogpt.training.loader import block_loader
 from hf_gradtools.nanogpt.training.options import TrainOptions
 from hf_gradtools.nanogpt.training.samples import draw_sample
+from hf_gradtools.workflow.checkpoints import last_checkpoint
+from hf_gradtools.workflow.trainer import CheckpointingTrainer
 
 
 __all__ = ["FIGURES", "BlockTrainer"]
@@ -32,7 +32,7 @@ FIGURES = "training.json"
 VALIDATION_SEED = 1  # added to the run's, so that no block of validation has the number of one of training
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(CheckpointingTrainer):
     """Trains a causal LM on a [`TokenFolder`] as [`TrainOptions`] say.
 
     Args:
@@ -56,7 +56,7 @@ class BlockTrainer(Trainer):
         self.options, self.data = options, data
         self.train_batches = options.max_iters * options.gradient_accumulation_steps
         samples = self.train_batches * options.batch_size * args.world_size
-        self.pace, self.display = Pace(options), Display(options.progress, echo)
+        self.pace, self.display = Pace(options), LossDisplay(options.progress, echo)
         super().__init__(
             model,
             args,
@@ -179,58 +179,13 @@ class BlockTrainer(Trainer):
 
     # ---- checkpoints
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: the model of a resumed run was made from the checkpoint."""
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        out_dir, step = Path(self.args.output_dir), self.state.global_step
-        folder = checkpoint_folder(out_dir, step)
-        if self.args.world_size == 1:
-            write_folder(folder, self._fill_checkpoint)
-        else:
-            self._save_together(folder)
-        if self.args.should_save:
-            if step == self.state.best_global_step:
-                publish(folder, out_dir)
-            prune(out_dir, {step, self.state.best_global_step})
+        super()._save_checkpoint(model, trial)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _save_together(self, folder: Path) -> None:
-        """Each process adds the state of its random numbers before the folder takes its name."""
-        others = folder.with_name(f".{folder.name}.processes")
-        self._save_rng_state(str(others))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-
-            def fill(unfinished: Path) -> None:
-                self._fill_checkpoint(unfinished)
-                for path in others.iterdir():
-                    path.rename(unfinished / path.name)
-                others.rmdir()
-
-            write_folder(folder, fill)
-        self.accelerator.wait_for_everyone()
-
     def _fill_checkpoint(self, folder: Path) -> None:
-        self._save(str(folder))
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        if self.args.world_size == 1:
-            self._save_rng_state(str(folder))
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        super()._fill_checkpoint(folder)
         write_json_atomically(folder / FIGURES, self.figures())
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model and tokenizer as `from_pretrained` reads them, without the pickled arguments that Trainer adds."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        use_cache, model.config.use_cache = model.config.use_cache, True  # off while it trains
-        try:
-            with no_bars():
-                model.save_pretrained(output_dir, state_dict=state_dict)
-        finally:
-            model.config.use_cache = use_cache
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
 
     def figures(self) -> dict[str, Any]:
         """How far the run is, and how good."""

@@ -24,18 +24,18 @@ from hf_gradtools.hub import CARD_FILE
 from hf_gradtools.nanogpt.data.token_folder import TokenFolder
 from hf_gradtools.nanogpt.training.arguments import training_arguments
 from hf_gradtools.nanogpt.training.card import write_nanogpt_card
-from hf_gradtools.nanogpt.training.checkpoints import (
+from hf_gradtools.nanogpt.training.memory import peak_memory_mb, reset_peak_memory
+from hf_gradtools.nanogpt.training.options import TrainOptions
+from hf_gradtools.nanogpt.training.samples import sample_start
+from hf_gradtools.nanogpt.training.starting import RESUME, build_model
+from hf_gradtools.nanogpt.training.trainer import FIGURES, BlockTrainer
+from hf_gradtools.workflow.checkpoints import (
     checkpoint_folder,
     checkpoint_iteration,
     last_checkpoint,
     prune,
     publish,
 )
-from hf_gradtools.nanogpt.training.memory import peak_memory_mb, reset_peak_memory
-from hf_gradtools.nanogpt.training.options import TrainOptions
-from hf_gradtools.nanogpt.training.samples import sample_start
-from hf_gradtools.nanogpt.training.starting import RESUME, build_model
-from hf_gradtools.nanogpt.training.trainer import FIGURES, BlockTrainer
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from hf_gradtools.nanogpt.training import train
-from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint
+from hf_gradtools.workflow.checkpoints import last_checkpoint
 from tests.nanogpt.training.reference import MODEL, options
 
 

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from hf_gradtools.nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data import TokenFolder, prepare
 from hf_gradtools.nanogpt.training import run_flags, train
-from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint, list_checkpoints, write_folder
 from hf_gradtools.nanogpt.training.trainer import BlockTrainer
+from hf_gradtools.workflow.checkpoints import last_checkpoint, list_checkpoints, write_folder
 from tests.nanogpt.training.killed_run import DROPOUT, RUN
 from tests.nanogpt.training.reference import MODEL, TEXT, make_dataset, options
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from hf_gradtools.nanogpt.training import run_flags
 from hf_gradtools.nanogpt.training.cli import main
-from hf_gradtools.nanogpt.training.flags import given_flags
 from hf_gradtools.nanogpt.training.run import split_flags, train_parser
 from hf_gradtools.nanogpt.training.starting import config_fields
+from hf_gradtools.workflow.flags import given_flags
 from tests.nanogpt.training.reference import MODEL, RUN, history
 
 

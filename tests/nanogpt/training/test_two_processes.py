@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hf_gradtools.nanogpt.training import train
-from hf_gradtools.nanogpt.training.checkpoints import last_checkpoint
+from hf_gradtools.workflow.checkpoints import last_checkpoint
 from tests.nanogpt.training.reference import MODEL, RUN, history, options
 
 

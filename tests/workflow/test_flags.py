@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hf_gradtools.nanogpt.training.flags import given_flags, parser_for
+from hf_gradtools.workflow.flags import given_flags, parser_for
 
 
 @dataclass
