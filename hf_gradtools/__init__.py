@@ -19,6 +19,9 @@ _LAZY = {
     "GradProjCallback": "hf_gradtools.ghost",
     "GradProjConfig": "hf_gradtools.ghost",
     "GradProjector": "hf_gradtools.ghost",
+    "GradMemConfig": "hf_gradtools.gradmem",
+    "GradMemGPTForCausalLM": "hf_gradtools.gradmem",
+    "GradMemory": "hf_gradtools.gradmem",
     "GradientEnsemble": "hf_gradtools.ghost",
     "GradientStore": "hf_gradtools.ghost",
     "GritCallback": "hf_gradtools.grit",
@@ -30,6 +33,7 @@ _LAZY = {
     "NanoGPTForCausalLM": "hf_gradtools.nanogpt",
     "NanoGPTModel": "hf_gradtools.nanogpt",
     "export_lora": "hf_gradtools.grit",
+    "get_gradmem_model": "hf_gradtools.gradmem",
     "ghost_values": "hf_gradtools.ghost",
     "hardware_report": "hf_gradtools.nanogpt",
     "load_ghost_dataset": "hf_gradtools.ghost",
@@ -41,6 +45,9 @@ __all__ = [
     "GhostDotProdConfig",
     "GradProjCallback",
     "GradProjConfig",
+    "GradMemConfig",
+    "GradMemGPTForCausalLM",
+    "GradMemory",
     "GradProjector",
     "GradientEnsemble",
     "GradientStore",
@@ -54,6 +61,7 @@ __all__ = [
     "NanoGPTModel",
     "__version__",
     "export_lora",
+    "get_gradmem_model",
     "ghost_values",
     "hardware_report",
     "load_ghost_dataset",
@@ -72,6 +80,7 @@ if TYPE_CHECKING:
         ghost_values,
         load_ghost_dataset,
     )
+    from hf_gradtools.gradmem import GradMemConfig, GradMemGPTForCausalLM, GradMemory, get_gradmem_model
     from hf_gradtools.grit import GritCallback, GritConfig, GritController, GritModel, GritTrainer, export_lora
     from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel, hardware_report
 

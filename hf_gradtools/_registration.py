@@ -16,6 +16,11 @@ from types import ModuleType
 
 # Model type: our package, its configuration, and its model in each of transformers' mappings.
 AUTO_CLASSES = {
+    "gradmemgpt": (
+        "hf_gradtools.gradmem",
+        "GradMemConfig",
+        {"MODEL_FOR_CAUSAL_LM_MAPPING": "GradMemGPTForCausalLM"},
+    ),
     "nanogpt": (
         "hf_gradtools.nanogpt",
         "NanoGPTConfig",

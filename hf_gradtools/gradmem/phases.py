@@ -1,0 +1,90 @@
+"""What is different in a backbone while it writes, and how it comes back to what it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import TWICE_DIFFERENTIABLE
+
+
+WRITE_ADAPTER = "write"
+_META = torch.empty(0, device="meta")
+
+
+@contextmanager
+def set_for_now(targets: list[tuple[object, str, object]]) -> Iterator[None]:
+    """Sets attributes `(object, name, value)`; they come back afterwards, whatever happens."""
+    before = [(target, name, getattr(target, name)) for target, name, _ in targets]
+    try:
+        for target, name, value in targets:
+            setattr(target, name, value)
+        yield
+    finally:
+        for target, name, value in reversed(before):
+            setattr(target, name, value)
+
+
+def frozen(module: nn.Module) -> list[tuple[object, str, object]]:
+    """Settings with which nothing keeps what a gradient of the parameters would need."""
+    return [(parameter, "requires_grad", False) for parameter in module.parameters() if parameter.requires_grad]
+
+
+def without_checkpointing(module: nn.Module) -> list[tuple[object, str, object]]:
+    """Settings without gradient checkpointing: a graph of the gradient would keep what it computes again."""
+    return [
+        (m, "gradient_checkpointing", False) for m in module.modules() if getattr(m, "gradient_checkpointing", False)
+    ]
+
+
+def twice_differentiable(backbone: PreTrainedModel) -> list[tuple[object, str, object]]:
+    """Settings with which attention has a second derivative."""
+    if backbone.config._attn_implementation == "eager":
+        return []
+    implementation = TWICE_DIFFERENTIABLE if backbone._supports_attention_backend else "eager"
+    return [(backbone.config, "_attn_implementation", implementation)]
+
+
+def with_write_lora(module: nn.Module) -> list[tuple[object, str, object]]:
+    """Settings with which the adapters for writing are active beside those that are.
+
+    PEFT's own `set_adapter` changes which parameters train as well, which must not change in between.
+    """
+    return [(layer, "_active_adapter", [*layer.active_adapters, WRITE_ADAPTER]) for layer in _write_layers(module)]
+
+
+def add_adapter(backbone: PreTrainedModel, config: PeftConfig, name: str) -> None:
+    """Gives the backbone the layers of an adapter; what trained before still does."""
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    inject_adapter_in_model(config, backbone, adapter_name=name)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for layer in backbone.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for new in layer.modules():
+                if new is not layer.get_base_layer() and next(new.parameters(), _META).device.type != "meta":
+                    new._is_hf_initialized = True  # by PEFT: transformers would draw LoRA's zeros anew
+
+
+def add_write_lora(
+    backbone: PreTrainedModel, rank: int, alpha: int, dropout: float, target_modules: list[str] | str | None
+) -> None:
+    """Gives the backbone LoRA adapters (arXiv 2106.09685) that are inactive until it writes.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    targets = "all-linear" if target_modules is None else target_modules
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    add_adapter(backbone, config, WRITE_ADAPTER)
+    for layer in _write_layers(backbone):
+        layer._active_adapter = [name for name in layer.active_adapters if name != WRITE_ADAPTER]
+
+
+def _write_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    return [layer for layer in layers if WRITE_ADAPTER in layer._get_available_adapters()]

@@ -1,0 +1,64 @@
+"""A pretrained causal LM with a memory around it."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_gradtools.gradmem.configuration_gradmem import GradMemConfig
+from hf_gradtools.gradmem.modeling_gradmem import GradMemGPTForCausalLM
+
+
+def get_gradmem_model(
+    model: PreTrainedModel | PeftModel | str | os.PathLike[str], config: GradMemConfig, **kwargs: object
+) -> GradMemGPTForCausalLM:
+    """Puts a writable memory before a causal LM, as `peft.get_peft_model` puts adapters into one.
+
+    ```python
+    model = get_gradmem_model("HuggingFaceTB/SmolLM2-135M", GradMemConfig(n_mem_tokens=16, K=2, freeze_backbone=True))
+    with_lora = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    model = get_gradmem_model(with_lora, GradMemConfig(freeze_backbone=True))  # the adapter trains, and the memory
+    ```
+
+    Args:
+        model: the causal LM itself, which is taken as it is and not copied; or its Hub id or folder. A `PeftModel`
+            of one LoRA adapter keeps it, for reading and writing; with `freeze_backbone` it alone trains.
+        config: the memory's configuration, without `base_config`.
+        **kwargs: what `AutoModelForCausalLM.from_pretrained` takes, if `model` is a name.
+
+    Raises:
+        ValueError: `base_config` contradicts the model, or its adapter is not LoRA's.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    config = copy.deepcopy(config)
+    if isinstance(model, PeftModel):
+        config.backbone_adapter = _adapter(model)
+        model = model.get_base_model()
+    if config.base_config is not None and config.base_config.to_dict() != model.config.to_dict():
+        raise ValueError("config.base_config is not the model's. Leave it out: it is taken from the model.")
+    values = {key: value for key, value in config.to_dict().items() if key != "base_config"}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
+        values.pop(name, None)  # the model's
+    config = GradMemConfig(base_config=model.config, **values)
+    wrapped = GradMemGPTForCausalLM(config, backbone=model)
+    wrapped.name_or_path = wrapped.config._name_or_path = model.name_or_path
+    wrapped.generation_config = copy.deepcopy(model.generation_config)
+    wrapped.train(model.training)
+    return wrapped.to(dtype=model.dtype, device=model.device) if not getattr(model, "is_quantized", False) else wrapped
+
+
+def _adapter(model: PeftModel) -> dict[str, object]:
+    if len(model.peft_config) != 1 or "default" not in model.peft_config:
+        raise ValueError(f"the model has adapters {sorted(model.peft_config)}; GradMem takes one, named 'default'.")
+    adapter = model.peft_config["default"]
+    if adapter.peft_type != "LORA":
+        raise ValueError(f"the model's adapter is of type {adapter.peft_type}; GradMem takes LoRA's.")
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.to_dict().items()}
+    values.update(peft_type="LORA", task_type="CAUSAL_LM", inference_mode=False)
+    return {
+        key: value for key, value in values.items() if key not in ("runtime_config", "loftq_config", "auto_mapping")
+    }
