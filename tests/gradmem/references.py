@@ -71,20 +71,21 @@ class Reference:
     """
     Args:
         backbone: a causal LM of transformers with the attention `PLAIN`; only its code is used.
-        values: every parameter by its name in the model, those of the backbone behind `backbone.`.
+        weights: its parameters by their names.
+        values: the other parameters by their names in the model.
         config: the fields of `GradMemConfig`.
-        write_deltas: what is added to weights of the backbone during a write, by their name without `backbone.`.
+        write_deltas: what is added to some of the weights during a write.
     """
 
-    def __init__(self, backbone: nn.Module, values: State, config: Any, write_deltas: State | None = None):
+    def __init__(
+        self, backbone: nn.Module, weights: State, values: State, config: Any, write_deltas: State | None = None
+    ):
         self.backbone, self.values, self.config = backbone, values, config
-        prefix = "backbone."
-        self.read_weights = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
         deltas = write_deltas or {}
-        self.write_weights = {n: v + deltas[n] if n in deltas else v for n, v in self.read_weights.items()}
-        self.embeddings = dict(backbone.named_parameters())  # to find the name of the embedding's weight
+        self.read_weights = weights
+        self.write_weights = {name: w + deltas[name] if name in deltas else w for name, w in weights.items()}
         table = backbone.get_input_embeddings().weight
-        self.table = next(n for n, p in self.embeddings.items() if p is table)
+        self.table = next(name for name, parameter in backbone.named_parameters() if parameter is table)
 
     # ---- sequences
 
@@ -162,6 +163,8 @@ class Reference:
                 if self.config.use_adam:
                     move, moments[name] = adam(move, *moments[name], step + 1)
                 done.state = {**done.state, name: done.state[name] - rate * move}
+        if self.config.grad_mode == "none":
+            done.state = {name: value.detach() for name, value in done.state.items()}
         return done
 
     # ---- the whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,7 @@ TOKENS: Fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES: Fields = {"n_mem_tokens": 3, "K": 2, "inner_lr": 0.7}
 PROJECTED: Fields = {"use_mem_proj": True, "mem_proj_mode": "proj"}
 OWN_PROJECTIONS: Fields = {"use_mem_proj": True, "mem_proj_mode": "per_sample"}
-BOTH_CLIPS: Fields = {"inner_clip_value": 0.05, "inner_clip_norm": 0.1, "inner_lr": 4.0}
+BOTH_CLIPS: Fields = {"inner_clip_value": 0.05, "inner_clip_norm": 0.1, "inner_lr": 3.0}
 LORA: Fields = {"use_write_lora": True, "write_lora_r": 2, "write_lora_alpha": 6}
 
 # Options of the configuration; `backbone` is none of them, it names the kind of the backbone.
@@ -88,9 +89,9 @@ def enlarge(model: torch.nn.Module) -> None:
 
 
 def build(case: str = "default", dtype: torch.dtype = torch.float64, **fields: Any) -> GradMemGPTForCausalLM:
-    model = GradMemGPTForCausalLM(config(case, **fields)).to(dtype).eval()
+    model = GradMemGPTForCausalLM(config(case, **fields)).double().eval()
     enlarge(model)
-    return model
+    return model.to(dtype)
 
 
 @cache
@@ -101,7 +102,7 @@ def model(case: str = "default") -> GradMemGPTForCausalLM:
 
 def with_options(one: GradMemGPTForCausalLM, **fields: Any) -> GradMemGPTForCausalLM:
     """A model of the same weights under another configuration."""
-    fields = {**one.config.to_dict(), "base_config": one.backbone.config, **fields}
+    fields = {**one.config.to_dict(), "base_config": one.config.base_config, **fields}
     other = GradMemGPTForCausalLM(GradMemConfig(**fields)).to(one.dtype).train(one.training)
     other.load_state_dict(one.state_dict())
     return other
@@ -158,19 +159,25 @@ def batch(each: int = 2, side: str = "right") -> dict[str, Tensor]:
 def reference(one: GradMemGPTForCausalLM) -> Reference:
     """The definition with copies of the model's values, which ask for gradients of their own."""
     values = {name: p.detach().clone().requires_grad_() for name, p in one.named_parameters()}
-    backbone = AutoModelForCausalLM.from_config(one.backbone.config, attn_implementation=PLAIN).to(one.dtype).eval()
-    return Reference(backbone, values, one.config, write_deltas(one, values))
+    base = AutoModelForCausalLM.from_config(one.config.base_config, attn_implementation=PLAIN).to(one.dtype).eval()
+    weights = {weight_name(name): v for name, v in values.items() if "backbone." in name and ".lora_" not in name}
+    return Reference(base, weights, values, one.config, write_deltas(one, values))
 
 
 def write_deltas(one: GradMemGPTForCausalLM, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weight of the backbone -> alpha / r B A, turned where the weight is kept turned (GPT-2)."""
     deltas = {}
     for name, first in values.items():
-        if "lora_A" in name:
+        if ".lora_A." in name:
             delta = one.config.write_lora_alpha / one.config.write_lora_r * values[name.replace("_A", "_B")] @ first
-            weight = name.partition(".lora_A")[0].removeprefix("backbone.") + ".weight"
-            deltas[weight] = delta.T if isinstance(one.backbone.config, GPT2Config) else delta
+            deltas[weight_name(name)] = delta.T if isinstance(one.config.base_config, GPT2Config) else delta
     return deltas
+
+
+def weight_name(name: str) -> str:
+    """Of a parameter of the adapted backbone, or of an adapter: the weight's name in the backbone as it comes."""
+    name = name.removeprefix("backbone.").replace(".base_layer", "")
+    return re.sub(r"\.lora_[AB]\..*", ".weight", name)
 
 
 def gradients(one: GradMemGPTForCausalLM, **inputs: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
