@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from datasets import Dataset
@@ -43,17 +43,24 @@ class WriteOptions(TrainerCallback):
             write_json_atomically(Path(self.options.output_dir) / OPTIONS, self.options.identity())
 
 
-def check_same_options(options: DataOptions) -> None:
-    """ValueError unless the output folder holds a run that was begun with these options."""
-    path = Path(options.output_dir) / OPTIONS
+class _HasIdentity(Protocol):
+    """Options that know which of them a resumed run must share."""
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+def check_same_options(options: _HasIdentity, folder_option: str = "output_dir") -> None:
+    """ValueError unless the folder that an option names holds a run that was begun with these options."""
+    folder = getattr(options, folder_option)
+    path = Path(folder) / OPTIONS
     if not path.exists():
-        raise ValueError(f"output_dir={options.output_dir!r} holds no run to continue. Start one without resume=True.")
+        raise ValueError(f"{folder_option}={folder!r} holds no run to continue. Start one without resume=True.")
     before, now = json.loads(path.read_bytes()), json.loads(json.dumps(options.identity()))
     if changed := [
         f"{name}={value!r}, not {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
     ]:
         raise ValueError(
-            f"output_dir={options.output_dir!r} was begun with {'; '.join(changed)}. Resume with the same options."
+            f"{folder_option}={folder!r} was begun with {'; '.join(changed)}. Resume with the same options."
         )
 
 
