@@ -1,5 +1,6 @@
 """Configuration of a causal LM with a memory that is written by gradient steps."""
 
+import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -82,6 +83,7 @@ class GradMemConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if isinstance(self.base_config, dict):
             self.base_config = _config_from_dict(self.base_config)
+        self.base_config = copy.deepcopy(self.base_config)  # settings of ours go to it, and it may be a model's
         if self.base_config is not None:  # what the stack asks a causal LM's configuration for
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(self.base_config, name, None))

@@ -85,9 +85,7 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
                 add_adapter(backbone, get_peft_config(dict(config.backbone_adapter)), "default")
         self.backbone = backbone
         config.base_config = backbone.config  # one object: what changes it, such as new tokens, changes both
-        if config.freeze_backbone:
-            for name, parameter in backbone.named_parameters():
-                parameter.requires_grad_(config.backbone_adapter is not None and "lora_" in name)
+        config._attn_implementation = backbone.config._attn_implementation
         if config.use_write_lora:
             add_write_lora(
                 backbone,
@@ -109,6 +107,19 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
             self.inner_lr = nn.Parameter(torch.empty(()))
         self._has_plain_head: bool | None = None  # not known before the first write
         self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`; a backbone that is to be frozen is."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    def _freeze(self) -> None:
+        if self.config.freeze_backbone:
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_("lora_" in name)  # its own adapter's, and those for writing
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:

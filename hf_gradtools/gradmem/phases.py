@@ -1,5 +1,6 @@
 """What is different in a backbone while it writes, and how it comes back to what it was."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .attention import TWICE_DIFFERENTIABLE
 
@@ -58,16 +60,20 @@ def with_write_lora(module: nn.Module) -> list[tuple[object, str, object]]:
 
 
 def add_adapter(backbone: PreTrainedModel, config: PeftConfig, name: str) -> None:
-    """Gives the backbone the layers of an adapter; what trained before still does."""
+    """Gives the backbone the layers of an adapter; what trained or was active before still is."""
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    inject_adapter_in_model(config, backbone, adapter_name=name)
+    active = [(layer, list(layer.active_adapters)) for layer in _adapted_layers(backbone)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what we want
+        inject_adapter_in_model(config, backbone, adapter_name=name)
+    for layer, names in active:
+        layer._active_adapter = names
     for parameter in trained:
         parameter.requires_grad_(True)
-    for layer in backbone.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for new in layer.modules():
-                if new is not layer.get_base_layer() and next(new.parameters(), _META).device.type != "meta":
-                    new._is_hf_initialized = True  # by PEFT: transformers would draw LoRA's zeros anew
+    for layer in _adapted_layers(backbone):
+        for new in layer.modules():
+            if new is not layer.get_base_layer() and next(new.parameters(), _META).device.type != "meta":
+                new._is_hf_initialized = True  # by PEFT: transformers would draw LoRA's zeros anew
 
 
 def add_write_lora(
@@ -79,12 +85,22 @@ def add_write_lora(
         ValueError: there is no such layer.
     """
     targets = "all-linear" if target_modules is None else target_modules
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in backbone.modules()),
+        task_type="CAUSAL_LM",
+    )
     add_adapter(backbone, config, WRITE_ADAPTER)
     for layer in _write_layers(backbone):
         layer._active_adapter = [name for name in layer.active_adapters if name != WRITE_ADAPTER]
 
 
 def _write_layers(module: nn.Module) -> list[BaseTunerLayer]:
-    layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
-    return [layer for layer in layers if WRITE_ADAPTER in layer._get_available_adapters()]
+    return [layer for layer in _adapted_layers(module) if WRITE_ADAPTER in layer._get_available_adapters()]
+
+
+def _adapted_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
