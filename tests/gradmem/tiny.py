@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_gradtools.gradmem import GradMemConfig, GradMemGPTForCausalLM
 from tests.gradmem.references import PLAIN, Query, Reference
@@ -102,7 +102,7 @@ def model(case: str = "default") -> GradMemGPTForCausalLM:
 
 def with_options(one: GradMemGPTForCausalLM, **fields: Any) -> GradMemGPTForCausalLM:
     """A model of the same weights under another configuration."""
-    fields = {**one.config.to_dict(), "base_config": one.config.base_config, **fields}
+    fields = {**one.config.to_dict(), "base_config": copy.deepcopy(one.config.base_config), **fields}
     other = GradMemGPTForCausalLM(GradMemConfig(**fields)).to(one.dtype).train(one.training)
     other.load_state_dict(one.state_dict())
     return other
@@ -159,9 +159,16 @@ def batch(each: int = 2, side: str = "right") -> dict[str, Tensor]:
 def reference(one: GradMemGPTForCausalLM) -> Reference:
     """The definition with copies of the model's values, which ask for gradients of their own."""
     values = {name: p.detach().clone().requires_grad_() for name, p in one.named_parameters()}
-    base = AutoModelForCausalLM.from_config(one.config.base_config, attn_implementation=PLAIN).to(one.dtype).eval()
+    base = bare_backbone(one, PLAIN)
     weights = {weight_name(name): v for name, v in values.items() if "backbone." in name and ".lora_" not in name}
     return Reference(base, weights, values, one.config, write_deltas(one, values))
+
+
+def bare_backbone(one: GradMemGPTForCausalLM, attention: str) -> PreTrainedModel:
+    """A causal LM of transformers of the kind of the model's backbone. Its attention is noted in a copy of the
+    configuration: the model looks at its own for what to use."""
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(one.config.base_config), attn_implementation=attention)
+    return base.to(one.dtype).eval()
 
 
 def write_deltas(one: GradMemGPTForCausalLM, values: dict[str, Tensor]) -> dict[str, Tensor]:
