@@ -21,6 +21,7 @@ AUTO_CLASSES = {
         "GradMemConfig",
         {"MODEL_FOR_CAUSAL_LM_MAPPING": "GradMemGPTForCausalLM"},
     ),
+    "gradmem_rmt": ("hf_gradtools.gradmem", "RMTConfig", {"MODEL_FOR_CAUSAL_LM_MAPPING": "RMTForCausalLM"}),
     "nanogpt": (
         "hf_gradtools.nanogpt",
         "NanoGPTConfig",

@@ -12,15 +12,19 @@ _LAZY = {
     "GradMemConfig": "configuration_gradmem",
     "GradMemGPTForCausalLM": "modeling_gradmem",
     "GradMemory": "memory",
+    "RMTConfig": "configuration_rmt",
+    "RMTForCausalLM": "modeling_rmt",
     "get_gradmem_model": "wrapping",
 }
 
-__all__ = ["GradMemConfig", "GradMemGPTForCausalLM", "GradMemory", "get_gradmem_model"]
+__all__ = ["GradMemConfig", "GradMemGPTForCausalLM", "GradMemory", "RMTConfig", "RMTForCausalLM", "get_gradmem_model"]
 
 if TYPE_CHECKING:
     from hf_gradtools.gradmem.configuration_gradmem import GradMemConfig
+    from hf_gradtools.gradmem.configuration_rmt import RMTConfig
     from hf_gradtools.gradmem.memory import GradMemory
     from hf_gradtools.gradmem.modeling_gradmem import GradMemGPTForCausalLM
+    from hf_gradtools.gradmem.modeling_rmt import RMTForCausalLM
     from hf_gradtools.gradmem.wrapping import get_gradmem_model
 
 __getattr__ = lazy_names(__name__, _LAZY)

@@ -187,7 +187,8 @@ class _RecomputedStep(torch.autograd.Function):
         n_state = n_fast * (3 if optimizer.use_adam else 1)
         device = tensors[0].device.type
         ctx.step, ctx.n_state = (loss_function, optimizer, index, n_fast), n_state
-        ctx.random = (torch.get_rng_state(), *get_device_states(*tensors))
+        accelerator = device if device != "cpu" else "cuda"  # of a CPU's tensors there are no device states
+        ctx.random = (accelerator, torch.get_rng_state(), *get_device_states(*tensors))
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(*tensors)
         state, losses = _constant_step(tensors[:n_state], *ctx.step, keep_loss=False)
@@ -209,10 +210,9 @@ class _RecomputedStep(torch.autograd.Function):
 
 
 @contextmanager
-def _replayed(cpu_state: Tensor, devices: list[int], device_states: list[Tensor]) -> Iterator[None]:
+def _replayed(device_type: str, cpu_state: Tensor, devices: list[int], device_states: list[Tensor]) -> Iterator[None]:
     """Random numbers come from these states; outside, the generators go on as if nothing had been."""
-    kind = torch.accelerator.current_accelerator() if devices else None
-    with torch.random.fork_rng(devices, device_type=kind.type if kind is not None else "cuda"):
+    with torch.random.fork_rng(devices, device_type=device_type):
         torch.set_rng_state(cpu_state)
-        set_device_states(devices, device_states)
+        set_device_states(devices, device_states, device_type=device_type)
         yield

@@ -284,12 +284,14 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
         """
         if self._has_plain_head is None:
             head, seen = self.get_output_embeddings(), {}
+            accelerators = [inputs.device] if inputs.device.type != "cpu" else []
+            kind = inputs.device.type if accelerators else "cuda"
             handles = [
                 self.backbone.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0])),
                 head.register_forward_hook(lambda _, args, out: seen.update(given=args[0], logits=out)),
             ]
             try:
-                with torch.no_grad(), torch.random.fork_rng(enabled=inputs.device.type == "cpu"):
+                with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):  # as if it had not been
                     logits = self.backbone(inputs_embeds=inputs[:1, :1].detach(), use_cache=False).logits
             finally:
                 for handle in handles:
