@@ -24,6 +24,7 @@ from .memory import GradMemory
 from .phases import (
     add_adapter,
     add_write_lora,
+    check_whole,
     frozen,
     set_for_now,
     twice_differentiable,
@@ -41,6 +42,7 @@ class GradMemOutput(CausalLMOutputWithPast):
         logits (`Tensor`): `[N, Q, V]`, of the query's tokens.
         memory (`Tensor`, *optional*): `[B, M, E]`, what was written, if a context was given.
         inner_losses (`Tensor`, *optional*): `[B, K]`, each sample's inner loss before each step.
+        hidden_states, attentions, past_key_values: of the memory's positions and the query's.
     """
 
     memory: Tensor | None = None
@@ -148,6 +150,13 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, the output layer for writing included."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.use_write_head:
+            self.write_head = self._get_resized_lm_head(self.write_head, self.config.vocab_size)
+        return embeddings
+
     @property
     def n_prefix(self) -> int:
         """Positions before the first token of a context or query."""
@@ -211,6 +220,17 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
         K: int | None,
     ) -> tuple[Fast, Tensor]:
         """What [`inner_loop.write`] makes of a batch of contexts."""
+        is_differentiable = torch.is_grad_enabled()
+        if is_differentiable:
+            check_whole(self)
+        # Inference mode allows no gradient at all, and its tensors allow none later
+        with torch.inference_mode(False), torch.set_grad_enabled(is_differentiable):
+            ids, mask = (x.clone() if x is not None and x.is_inference() else x for x in (context_ids, attention_mask))
+            return self._take_steps(ids, mask, memory, K)
+
+    def _take_steps(
+        self, context_ids: Tensor, attention_mask: Tensor | None, memory: GradMemory | Tensor | None, K: int | None
+    ) -> tuple[Fast, Tensor]:
         config = self.config
         steps = config.K if K is None else K
         if steps < 0:
@@ -418,7 +438,7 @@ class GradMemGPTForCausalLM(GradMemPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and self.training else use_cache,
             logits_to_keep=kept,
             **kwargs,
         )

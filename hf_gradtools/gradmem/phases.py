@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +30,25 @@ def set_for_now(targets: list[tuple[object, str, object]]) -> Iterator[None]:
     finally:
         for target, name, value in reversed(before):
             setattr(target, name, value)
+
+
+def check_whole(module: nn.Module) -> None:
+    """ValueError if gradients cannot come back through a write: parameters are copies, or not all here.
+
+    Recomputed steps ask autograd for the gradients of the parameters themselves, which a layer that gathers its own
+    would leave without.
+    """
+    kind = "torch.nn.DataParallel" if getattr(module, "_is_replica", False) else None
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            kind = "FSDP or tensor parallelism"
+        elif hasattr(parameter, "ds_id"):  # DeepSpeed marks what it partitions in no other way
+            kind = "DeepSpeed ZeRO-3"
+    if kind is not None:
+        raise ValueError(
+            f"GradMem cannot be trained under {kind}: gradients of a write need every parameter whole on each device. "
+            "Use DistributedDataParallel, by torchrun or accelerate launch."
+        )
 
 
 def frozen(module: nn.Module) -> list[tuple[object, str, object]]:

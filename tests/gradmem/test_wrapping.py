@@ -133,3 +133,31 @@ def test_gpt2_keeps_its_tied_weights(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.backbone.lm_head.weight is again.backbone.transformer.wte.weight
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_writing_works_wherever_gradients_are_off(context):
+    model = get_gradmem_model(build(), GradMemConfig(K=2, inner_lr=0.5))
+    expected = model.write(CONTEXT).mem
+    with context():
+        memory = model.write(CONTEXT.clone(), torch.ones_like(CONTEXT))
+        answer = model(QUERY.clone(), memory=memory).logits
+        at_once = model(QUERY.clone(), context_ids=CONTEXT.clone()).logits
+    torch.testing.assert_close(memory.mem, expected)
+    torch.testing.assert_close(at_once, answer)
+    assert not memory.mem.requires_grad
+
+
+def test_new_tokens_are_written_and_read():
+    model = get_gradmem_model(build(), GradMemConfig(use_write_head=True))
+    model.resize_token_embeddings(14)
+    assert model.config.vocab_size == model.backbone.config.vocab_size == len(model.write_head.weight) == 14
+    memory = model.write(torch.tensor([[12, 13, 5]]))
+    assert model(QUERY, memory=memory).logits.shape == (2, 3, 14)
+
+
+def test_copies_of_data_parallel_are_refused():
+    model = get_gradmem_model(build(), GradMemConfig())
+    model._is_replica = True  # what torch.nn.DataParallel marks its copies with
+    with pytest.raises(ValueError, match=r"DataParallel: .* Use DistributedDataParallel"):
+        model(QUERY, context_ids=CONTEXT, labels=QUERY)
