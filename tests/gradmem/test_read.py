@@ -159,7 +159,7 @@ def test_adapters_of_the_write_are_not_there_for_reading():
 
 def assert_along(found, expected):
     for name, grad in found.items():
-        assert F.cosine_similarity(grad.float().flatten(), expected[name].flatten(), dim=0) > 0.99, name
+        assert F.cosine_similarity(grad.float().flatten(), expected[name].flatten(), dim=0) > 0.97, name
 
 
 def test_a_step_in_bfloat16_is_near_to_one_in_float32():
