@@ -158,6 +158,9 @@ def _by_blocks(function: Any, mask: Tensor | None, *tensors: Tensor) -> list[Ten
     for start in range(0, rows * heads, block):
         part = slice(start, start + block)
         outputs = function(*(tensor[part] for tensor in flat), mask=mask if shared else mask[part])
+        if block >= rows * heads:
+            results = list(outputs)
+            break
         if not results:
             results = [torch.empty_like(tensor) for tensor, _ in zip(flat, outputs, strict=False)]
         for result, output in zip(results, outputs, strict=True):
