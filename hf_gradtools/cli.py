@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from hf_gradtools import __version__
 from hf_gradtools.ghost.cli import app as ghost_app
+from hf_gradtools.gradmem.cli import gradmem_app
 from hf_gradtools.nanogpt.cli import app as nanogpt_app
 from hf_gradtools.workflow.terminal import quiet_imports
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(ghost_app, name="ghost")
 app.add_typer(nanogpt_app, name="nanogpt")
+app.add_typer(gradmem_app, name="gradmem")
 app.add_typer(
     typer.Typer(no_args_is_help=True),
     name="grit",

@@ -43,7 +43,7 @@ class TrainOptions:
         queries_per_context: queries answered from each written memory while training.
         max_context_length: tokens kept of each context.
         eval_rows: rows of validation, of a folder its first ones.
-        base_model: "gpt2" or "llama", made anew with n_layer, n_head, n_embd.
+        base_model: "gpt2" or "llama", made anew with n_layer, n_head, n_embd; default "gpt2" without pretrained_model.
         pretrained_model: Hub id or folder of a causal LM, instead of base_model.
         init_checkpoint: folder of an earlier run's model whose weights the run starts with.
         n_layer: layers of a new backbone.
@@ -195,11 +195,12 @@ class TrainOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Pass one of {', '.join(choices)}.")
         if self.base_model is not None and self.base_model not in BASE_MODELS:
             raise ValueError(f"base_model={self.base_model!r} is unknown. Pass one of {', '.join(BASE_MODELS)}.")
-        if (self.base_model is None) == (self.pretrained_model is None):
+        if self.base_model is not None and self.pretrained_model is not None:
             raise ValueError(
-                f"base_model={self.base_model!r}, pretrained_model={self.pretrained_model!r}: pass one of them, "
-                "base_model='gpt2' for a new backbone."
+                f"base_model={self.base_model!r}, pretrained_model={self.pretrained_model!r}: pass one of them."
             )
+        if self.base_model is None and self.pretrained_model is None:
+            self.base_model = BASE_MODELS[0]
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}.")
         _ = self.levels  # says now if they are no numbers

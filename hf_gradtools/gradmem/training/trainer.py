@@ -216,3 +216,5 @@ class _Progress(TrainerCallback):
             state.best_metric, state.best_global_step = best["eval_exact_match"], best["step"]
         if self.trainer.is_in_train:
             control.should_training_stop |= self.trainer.is_over
+            if state.global_step == 0:  # the evaluation before training, after which Trainer saves nothing
+                self.trainer._save_checkpoint(self.trainer.model, None)
