@@ -48,21 +48,30 @@ def draw_keys(config: KVRetrievalConfig, rng: np.random.Generator) -> Integers:
     space = base**length
     if space <= FEW_KEYS:
         numbers = rng.permuted(np.tile(np.arange(space), (BLOCK_ROWS, 1)), axis=1)[:, :n]
-    elif space < 2**63 and n * n > space:  # most draws would have a key twice
+    elif n * n > space:  # most draws would have a key twice
         numbers = np.stack([rng.choice(space, n, replace=False) for _ in range(BLOCK_ROWS)])
-    else:
-        return _without_repeats(rng, n, length, base)
+    else:  # keys by their hands of digits that fit a number, most often one
+        hand = int(62 / np.log2(max(base, 2)))
+        hands = [min(hand, length - start) for start in range(0, length, hand)]
+        drawn = _without_repeats(rng, n, [base**digits for digits in hands])
+        return np.concatenate([_digits(drawn[..., i], base, digits) for i, digits in enumerate(hands)], -1)
+    return _digits(numbers, base, length)
+
+
+def _digits(numbers: Integers, base: int, length: int) -> Integers:
     return (numbers[..., None] // base ** np.arange(length)[::-1]) % base
 
 
-def _without_repeats(rng: np.random.Generator, n: int, length: int, base: int) -> Integers:
-    """Draws rows, and draws those again in which a key is there twice: what is left is uniform."""
-    digits = rng.integers(base, size=(BLOCK_ROWS, n, length))
+def _without_repeats(rng: np.random.Generator, n: int, spaces: list[int]) -> Integers:
+    """Draws rows of n keys `[R, n, hands]`, and draws those again in which one is twice: what is left is uniform."""
+    drawn = rng.integers(spaces, size=(BLOCK_ROWS, n, len(spaces)))
     again = np.arange(BLOCK_ROWS)
     while len(again):
-        again = np.array([row for row in again if len(np.unique(digits[row], axis=0)) < n], dtype=np.int64)
-        digits[again] = rng.integers(base, size=(len(again), n, length))
-    return digits
+        order = np.lexsort(np.moveaxis(drawn[again], -1, 0), axis=1)
+        keys = np.take_along_axis(drawn[again], order[..., None], 1)
+        again = again[(keys[:, 1:] == keys[:, :-1]).all(-1).any(1)]
+        drawn[again] = rng.integers(spaces, size=(len(again), n, len(spaces)))
+    return drawn
 
 
 def _texts(symbols: NDArray[np.str_]) -> NDArray[np.object_]:
