@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,9 +56,13 @@ def cost_table(costs: dict[int, AnswerCosts], queries: Sequence[int]) -> str:
     ]
     for length, cost in costs.items():
         memory = [f"{cost.per_query(q)['memory'] / 1e6:,.1f}" for q in queries]
-        crossings = [f"{value:,} queries" for value in (cost.crossing, cost.crossing_cached)]
+        crossings = [_queries(value) for value in (cost.crossing, cost.crossing_cached)]
         lines.append([f"{length:,}", *memory, f"{cost.prompt / 1e6:,.1f}", *crossings])
     return _markdown(lines)
+
+
+def _queries(crossing: float) -> str:
+    return "never" if math.isinf(crossing) else f"{crossing:,} queries"
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from hf_gradtools.gradmem.kv_retrieval import KVRetrievalConfig, generate_kv_dataset
+from hf_gradtools.gradmem.kv_retrieval import KVRetrievalConfig
+from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, generate_block
 from hf_gradtools.gradmem.training.options import TrainOptions
 
 
 __all__ = ["FreshRows", "ShuffledRows", "Stage", "build_stages", "load_stage", "seen_contexts"]
 
-CHUNK = 4096  # rows that are generated together
-VALIDATION = 1  # what the seeds of training and of validation rows differ in
 MOST_COMPARED = 200_000  # training rows of which contexts are compared with those of validation
 Rows = list[dict[str, Any]]
 
@@ -32,24 +31,27 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class FreshRows:
-    """Rows of a task that are generated when they are asked for; none is there twice but by chance.
+    """Rows of a task that are generated when they are asked for; one is there twice by chance alone.
 
     Args:
-        config (`KVRetrievalConfig`): the task.
+        config (`KVRetrievalConfig`): the task; if it tells a size, the rows begin anew after so many.
         seed (`int`): of the rows.
+        split (`str`, defaults to `"train"`): "train" or "valid".
     """
 
     config: KVRetrievalConfig
     seed: int
+    split: str = "train"
 
     def rows(self, numbers: Sequence[int]) -> Rows:
-        return [_chunk(self.config, self.seed, int(n) // CHUNK)[int(n) % CHUNK] for n in numbers]
+        return [self._row(int(n) if self.config.size is None else int(n) % self.config.size) for n in numbers]
+
+    def _row(self, number: int) -> dict[str, Any]:
+        columns = _block(self.config, self.seed, number // BLOCK_ROWS, self.split)
+        return {name: values[number % BLOCK_ROWS] for name, values in columns.items()}
 
 
-@lru_cache(maxsize=4)
-def _chunk(config: KVRetrievalConfig, seed: int, chunk: int) -> Rows:
-    drawn = int(np.random.SeedSequence([seed, chunk]).generate_state(1)[0])
-    return generate_kv_dataset(config, CHUNK, seed=drawn).to_list()
+_block = lru_cache(maxsize=8)(generate_block)
 
 
 class ShuffledRows:
@@ -106,6 +108,11 @@ def build_stages(options: TrainOptions) -> list[Stage]:
     alphabets = {stage.alphabet for stage in stages}
     if len(alphabets) > 1:
         raise ValueError(f"curriculum_levels={options.curriculum_levels!r} have alphabets {alphabets}; one is needed.")
+    fewest = min(stage.num_pairs for stage in stages)
+    if options.queries_per_context > fewest:
+        raise ValueError(
+            f"queries_per_context={options.queries_per_context}, and contexts have {fewest} pairs. Ask for fewer."
+        )
     return stages
 
 
@@ -138,35 +145,28 @@ def load_stage(data_path: str, seed: int, eval_rows: int) -> Stage:
         config = KVRetrievalConfig.from_name(data_path)
     except ValueError as error:
         raise ValueError(f"data_path={data_path!r} is no folder, and no task: {error}") from error
-    valid = generate_kv_dataset(config, eval_rows, seed=_seed(seed, VALIDATION))
-    return _stage(config, FreshRows(config, _seed(seed, 0)), valid)
-
-
-def _seed(seed: int, purpose: int) -> int:
-    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
+    valid = FreshRows(config, seed, "valid").rows(range(eval_rows))
+    return _stage(config, FreshRows(config, seed), Dataset.from_list(valid))
 
 
 def _stage(config: KVRetrievalConfig, train: RowSource, valid: Dataset) -> Stage:
     chance = config.vocab_size ** -float(config.value_length)
-    return Stage(config.name, train, valid, config.num_pairs, config.vocab_size, chance)
+    return Stage(config.with_size(None).name, train, valid, config.num_pairs, config.vocab_size, chance)
 
 
 def _stored_stage(path: Path, seed: int, eval_rows: int) -> Stage:
-    """Splits `train` and `valid` of a folder; of a single dataset the last rows are for validation."""
-    rows = load_from_disk(path)
-    config = KVRetrievalConfig.from_name(path.name)
-    if isinstance(rows, DatasetDict):
-        if missing := {"train", "valid"} - set(rows):
-            raise ValueError(f"data_path={str(path)!r} has no split {', '.join(sorted(missing))}.")
-        train, valid = rows["train"], rows["valid"]
-    else:
-        if len(rows) <= eval_rows:
-            raise ValueError(
-                f"data_path={str(path)!r} has {len(rows)} rows, and eval_rows={eval_rows} leaves none to train on. "
-                "Lower eval_rows, or make more rows."
-            )
-        train, valid = rows.select(range(len(rows) - eval_rows)), rows.select(range(len(rows) - eval_rows, len(rows)))
-    return _stage(config, ShuffledRows(train, seed), valid.select(range(min(eval_rows, len(valid)))))
+    """The splits "train" and "valid" of a folder, whose name tells the task."""
+    try:
+        config, splits = KVRetrievalConfig.from_name(path.name), load_from_disk(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data_path={str(path)!r}: {str(error).rstrip('.')}. Pass a folder made by `hf-gradtools gradmem data`, "
+            "and named as its task."
+        ) from error
+    if not isinstance(splits, DatasetDict) or not {"train", "valid"} <= set(splits):
+        raise ValueError(f"data_path={str(path)!r} needs the splits train and valid; `gradmem data` makes them.")
+    valid = splits["valid"]
+    return _stage(config, ShuffledRows(splits["train"], seed), valid.select(range(min(eval_rows, len(valid)))))
 
 
 def seen_contexts(stage: Stage, trained_rows: int) -> float:
@@ -178,7 +178,7 @@ def seen_contexts(stage: Stage, trained_rows: int) -> float:
     wanted = set(stage.valid["context"])
     count = min(trained_rows, MOST_COMPARED)
     seen: set[str] = set()
-    for begin in range(0, count, CHUNK):
-        rows = stage.train.rows(range(begin, min(begin + CHUNK, count)))
+    for begin in range(0, count, BLOCK_ROWS):
+        rows = stage.train.rows(range(begin, min(begin + BLOCK_ROWS, count)))
         seen |= wanted & {row["context"] for row in rows}
     return sum(context in seen for context in stage.valid["context"]) / len(stage.valid)

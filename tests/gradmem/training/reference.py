@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
 # GPT-2's dropout is on; two batches make a step; the log has fewer entries than there are steps.
 KILLED = {
     "base_model": "gpt2", "gradient_accumulation_steps": 2, "queries_per_context": 2, "learn_inner_lr": True,
-    "max_steps": 24, "eval_steps": 3, "logging_steps": 4, "K": 2, "curriculum_levels": "1,2",
+    "max_steps": 24, "eval_steps": 3, "logging_steps": 4, "K": 2, "curriculum_levels": "2,3",
     "curriculum_threshold": 0.1, "lr_scheduler_type": "linear",
 }  # fmt: skip
 

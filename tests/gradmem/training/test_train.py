@@ -91,7 +91,8 @@ def test_a_run_may_start_with_the_weights_of_another(tmp_path):
         ({"grad_mode": "third"}, "grad_mode='third' is unknown"),
         ({"K": -1}, "K=-1 must be at least 0"),
         ({"init_checkpoint": "nowhere"}, "init_checkpoint='nowhere' holds no model.safetensors"),
-        ({"data_path": "N20-K1V1-V4"}, "."),  # too many pairs for so few keys
+        ({"data_path": "N20-K1V1-V4"}, "num_pairs=20 needs as many different keys, and there are 4"),
+        ({"queries_per_context": 3}, "queries_per_context=3, and contexts have 2 pairs"),
         ({"max_position_embeddings": 8}, "past the 8 of the backbone"),
     ],
 )

@@ -29,7 +29,7 @@ def test_a_learned_inner_lr_has_a_rate_of_its_own(tmp_path, monkeypatch):
     assert groups[0][2][1] == 1
     assert len(set(column(tmp_path, "inner_lr"))) == 4
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert float(loaded.inner_lr) != 1.0
+    assert loaded.inner_lr.item() != 1.0
 
 
 @pytest.mark.parametrize(
