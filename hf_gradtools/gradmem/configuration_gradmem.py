@@ -99,6 +99,8 @@ class GradMemConfig(PreTrainedConfig):
         for name, least in (("n_mem_tokens", 1), ("K", 0), ("n_ctrl_tokens", 0), ("write_lora_r", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if not 0 <= self.write_lora_dropout < 1:
+            raise ValueError(f"write_lora_dropout={self.write_lora_dropout} must be at least 0 and below 1.")
         for name in ("inner_lr", "inner_clip_value", "inner_clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -19,7 +19,7 @@ from .configuration_gradmem import GradMemConfig
 from .contexts import check_ids, query_positions
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .memory import GradMemory
-from .phases import add_adapter, add_write_lora
+from .phases import add_adapter, add_write_lora, keep_weights
 from .writing import WritingMixin
 
 
@@ -72,6 +72,10 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
     def __init__(self, config: GradMemConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         if backbone is None:
+            if config.base_config is None:
+                raise ValueError(
+                    "base_config is None: a model needs its backbone's. Pass base_config=LlamaConfig(...)."
+                )
             backbone = AutoModelForCausalLM.from_config(config.base_config)
             if config.backbone_adapter is not None:
                 add_adapter(backbone, get_peft_config(dict(config.backbone_adapter)), "default")
@@ -86,6 +90,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
                 config.write_lora_dropout,
                 config.write_lora_target_modules,
             )
+        keep_weights(backbone)
         width = config.hidden_size
         self.mem = nn.Parameter(torch.empty(config.n_mem_tokens, width))
         if config.n_ctrl_tokens:
@@ -178,7 +183,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             K (`int`, *optional*): inner steps, default the configuration's.
             memory_embeds (`Tensor`, *optional*): `[N, M, E]`, instead of `memory`: what the backbone sees of it.
             position_ids (`Tensor`, *optional*): `[N, Q]`, of the query's tokens, from 0.
-            past_key_values (`Cache`, *optional*): what went before, the memory included.
+            past_key_values (`Cache`, *optional*): what went before, the memory included: then no other is needed.
             logits_to_keep (`int` or `Tensor`, defaults to 0): how many last positions to compute; 0 for all.
 
         Raises:
@@ -189,8 +194,12 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         if input_ids is not None:
             check_ids("input_ids", input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        self._check_memory(memory, context_ids, memory_embeds)
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         fast = losses = None
+        if past:  # the memory is in there
+            memory = context_ids = memory_embeds = None
+        else:
+            self._check_memory(memory, context_ids, memory_embeds)
         if context_ids is not None:
             fast, losses = self._write(context_ids, context_attention_mask, None, K)
             memory_embeds = self._seen(fast)
@@ -202,6 +211,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             memory_embeds,
             position_ids,
             past_key_values,
+            past,
             use_cache,
             logits_to_keep,
             **kwargs,
@@ -225,23 +235,28 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         self,
         inputs: Tensor,
         attention_mask: Tensor | None,
-        memory_embeds: Tensor,
+        memory_embeds: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        past: int,
         use_cache: bool | None,
         logits_to_keep: int | Tensor,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         rows, tokens = inputs.shape[:2]
-        past = int(cache.get_seq_length()) if cache is not None else 0
         read = past - self.n_prefix if past else 0  # the query's tokens in the cache
         self._check_reach("input_ids", read + tokens, "shorten it")
+        if attention_mask is not None and attention_mask.shape != (rows, read + tokens):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; for this query it must be "
+                f"{(rows, read + tokens)}, 0 at padding."
+            )
         if position_ids is None:
             position_ids = query_positions(attention_mask, read, tokens, inputs.device)
         position_ids = position_ids + self.n_prefix
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(rows, self.n_prefix), attention_mask], 1)
-        if not past:
+        if memory_embeds is not None:
             if rows % len(memory_embeds):
                 raise ValueError(
                     f"{rows} queries do not go with {len(memory_embeds)} memories. Pass as many queries for each."

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -16,7 +15,6 @@ from .attention import TWICE_DIFFERENTIABLE
 
 
 WRITE_ADAPTER = "write"
-_META = torch.empty(0, device="meta")
 
 
 @contextmanager
@@ -30,6 +28,14 @@ def set_for_now(targets: list[tuple[object, str, object]]) -> Iterator[None]:
     finally:
         for target, name, value in reversed(before):
             setattr(target, name, value)
+
+
+def keep_weights(module: nn.Module) -> None:
+    """Has transformers leave the weights as they are: those of adapters, trained or not, it would draw anew."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
+    for part in module.modules():
+        part._is_hf_initialized = True
 
 
 def check_whole(module: nn.Module) -> None:
@@ -90,10 +96,6 @@ def add_adapter(backbone: PreTrainedModel, config: PeftConfig, name: str) -> Non
         layer._active_adapter = names
     for parameter in trained:
         parameter.requires_grad_(True)
-    for layer in _adapted_layers(backbone):
-        for new in layer.modules():
-            if new is not layer.get_base_layer() and next(new.parameters(), _META).device.type != "meta":
-                new._is_hf_initialized = True  # by PEFT: transformers would draw LoRA's zeros anew
 
 
 def add_write_lora(
