@@ -20,12 +20,12 @@ def get_gradmem_model(
     ```python
     model = get_gradmem_model("HuggingFaceTB/SmolLM2-135M", GradMemConfig(n_mem_tokens=16, K=2, freeze_backbone=True))
     with_lora = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
-    model = get_gradmem_model(with_lora, GradMemConfig(freeze_backbone=True))  # the adapter trains, and the memory
+    model = get_gradmem_model(with_lora, GradMemConfig(n_mem_tokens=16))  # the adapter trains, and the memory
     ```
 
     Args:
         model: the causal LM itself, which is taken as it is and not copied; or its Hub id or folder. A `PeftModel`
-            of one LoRA adapter keeps it, for reading and writing; with `freeze_backbone` it alone trains.
+            of one LoRA adapter keeps it, for reading and writing; of the backbone it alone trains.
         config: the memory's configuration, without `base_config`.
         **kwargs: what `AutoModelForCausalLM.from_pretrained` takes, if `model` is a name.
 
@@ -36,7 +36,7 @@ def get_gradmem_model(
         model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     config = copy.deepcopy(config)
     if isinstance(model, PeftModel):
-        config.backbone_adapter = _adapter(model)
+        config.backbone_adapter, config.freeze_backbone = _adapter(model), True
         model = model.get_base_model()
     if config.base_config is not None and config.base_config.to_dict() != model.config.to_dict():
         raise ValueError("config.base_config is not the model's. Leave it out: it is taken from the model.")

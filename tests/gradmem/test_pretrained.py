@@ -60,7 +60,7 @@ def test_an_adapter_is_there_for_writing_and_reading(base, frozen):
     one(**batch()).loss.backward()
     trained = {name for name, p in one.named_parameters() if p.grad is not None and name != "mem"}
     assert any("lora_" in name for name in trained)
-    assert frozen == all("lora_" in name for name in trained)
+    assert all("lora_" in name for name in trained)
 
 
 def test_an_adapter_and_one_for_writing_stand_together(base, tmp_path):
