@@ -147,8 +147,10 @@ class GradMemTrainer(CheckpointingTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The current stage's validation rows, dealt to the processes."""
         args = self.args
-        rows = self.stages[self.stage].valid if eval_dataset is None or eval_dataset is self.eval_dataset else None
-        rows = eval_dataset if rows is None else rows
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset
+        rows = self.stages[self.stage].valid if is_own else eval_dataset
+        if len(rows) < args.world_size:
+            raise ValueError(f"{len(rows)} validation rows are too few for {args.world_size} processes.")
         return DataLoader(
             rows.shard(args.world_size, args.process_index),
             batch_size=args.per_device_eval_batch_size,

@@ -165,29 +165,9 @@ def _finish(trainer: GradMemTrainer, options: TrainOptions, folder: Path, second
     publish(checkpoint_folder(folder, best["step"]), folder)  # also if the run was killed before it had
     model = load_trained(folder, **loading_options(options)).to(trainer.args.device)
     stage = trainer.stages[best["eval_stage"]]
-    evaluate = partial(
-        evaluate_rows,
-        model,
-        collator=trainer.eval_collator,
-        batch_size=options.per_device_batch_size,
-        ignored_ids=trainer.ignored_ids,
-        K=options.eval_K,
-    )
-    metrics = evaluate(stage.valid)
-    wrong = evaluate(with_wrong_contexts(stage.valid), generation=False)
-    steps_per_row = trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    rows = state.global_step * options.per_device_batch_size * steps_per_row
     result = {
-        "task": stage.name,
-        "num_pairs": stage.num_pairs,
-        "vanilla": options.vanilla,
-        "grad_mode": None if options.vanilla else options.grad_mode,
-        "K": None if options.vanilla else options.K if options.eval_K is None else options.eval_K,
-        "seed": options.seed,
-        "metrics": metrics,
-        "wrong_context_exact_match": wrong["exact_match"],
-        "chance": stage.chance,
-        "seen_contexts": seen_contexts(stage, rows) if len(trainer.stages) == 1 else None,
+        **_described(options, stage),
+        **_measured(trainer, options, model, stage),
         "best_step": best["step"],
         "steps": state.global_step,
         "stages": _stage_figures(trainer),
@@ -199,6 +179,39 @@ def _finish(trainer: GradMemTrainer, options: TrainOptions, folder: Path, second
     state.save_to_json(str(folder / TRAINER_STATE_NAME))
     write_gradmem_card(folder, model, result, state.log_history)
     return result
+
+
+def _described(options: TrainOptions, stage: Stage) -> dict[str, Any]:
+    """What tables call the run."""
+    K = options.K if options.eval_K is None else options.eval_K
+    return {
+        "task": stage.name,
+        "num_pairs": stage.num_pairs,
+        "vanilla": options.vanilla,
+        "grad_mode": None if options.vanilla else options.grad_mode,
+        "K": None if options.vanilla else K,
+        "seed": options.seed,
+        "chance": stage.chance,
+    }
+
+
+def _measured(trainer: GradMemTrainer, options: TrainOptions, model: Any, stage: Stage) -> dict[str, Any]:
+    """How good a model is on the validation rows, and what else these figures may come from."""
+    evaluate = partial(
+        evaluate_rows,
+        model,
+        collator=trainer.eval_collator,
+        batch_size=options.per_device_batch_size,
+        ignored_ids=trainer.ignored_ids,
+        K=options.eval_K,
+    )
+    args = trainer.args
+    rows = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "metrics": evaluate(stage.valid),
+        "wrong_context_exact_match": evaluate(with_wrong_contexts(stage.valid), generation=False)["exact_match"],
+        "seen_contexts": seen_contexts(stage, rows) if len(trainer.stages) == 1 else None,
+    }
 
 
 def _stage_figures(trainer: GradMemTrainer) -> list[dict[str, Any]]:

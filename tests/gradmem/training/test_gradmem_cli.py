@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_gradtools.cli import app
-from tests.gradmem.training.reference import TINY, words
+from hf_gradtools.gradmem.training import train
+from tests.gradmem.training.reference import column, options, words
 
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "gradmem"
@@ -106,12 +109,42 @@ def test_wrong_files_are_told(run):
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("script", ["run_gpt2_on_kv_retrieval.py", "run_gradmemgpt_on_kv_retrieval.py"])
-def test_the_seed_s_scripts_run_under_accelerate(script, tmp_path):
-    flags = [f"--{name}={value}" for name, value in {**TINY, "max_steps": 2, "exp_path": tmp_path / "run"}.items()]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate.yaml"]
-    command = [*map(str, launch), str(EXAMPLES / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+def test_the_seed_s_script_runs_under_accelerate(tmp_path):
+    launch = ["accelerate.commands.launch", "--config_file", EXAMPLES / "accelerate.yaml"]
+    script = EXAMPLES / "run_gradmemgpt_on_kv_retrieval.py"
+    command = [sys.executable, "-m", *launch, script, *words(tmp_path / "run", max_steps=2)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert result["vanilla"] == (script == "run_gpt2_on_kv_retrieval.py")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 2
+
+
+def test_the_baseline_s_script_takes_the_same_arguments(tmp_path, monkeypatch):
+    script = EXAMPLES / "run_gpt2_on_kv_retrieval.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words(tmp_path / "run", max_steps=2)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["vanilla"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_that_accumulates(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}"]
+    script = EXAMPLES / "run_gradmemgpt_on_kv_retrieval.py"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    run = {"max_steps": 4, "K": 2, "eval_rows": 7}
+    done = subprocess.run(
+        [*map(str, (*command, script, *words(tmp_path / "two", **run)))],
+        env=environment,
+        timeout=250,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(options(tmp_path / "one", **run, gradient_accumulation_steps=2))
+    for name in ("loss", "eval_loss", "eval_inner_loss_2", "eval_token_accuracy"):
+        two, one = (column(tmp_path / folder, name) for folder in ("two", "one"))
+        assert two == pytest.approx(one, rel=1e-3), name
+
+
+def port():
+    return 29_500 + os.getpid() % 1000

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from transformers import TrainerCallback
 
 from hf_gradtools.gradmem.training import train
 from hf_gradtools.gradmem.training.trainer import GradMemTrainer
 from hf_gradtools.workflow.checkpoints import list_checkpoints
 from tests.gradmem.training.reference import KILLED, column, history, options
+from tests.workflow.killing import Interrupt
 
 
 @pytest.mark.timeout(300)
@@ -26,15 +26,6 @@ def test_killed_at_random_moments(tmp_path):
     for name in ("model.safetensors", "checkpoint-24/model.safetensors", "checkpoint-24/optimizer.pt"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert len(list_checkpoints(killed)) <= 2
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("run", [{"vanilla": True}, {"grad_mode": "first", "add_inner_loss_to_outer": True}])

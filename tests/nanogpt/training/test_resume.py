@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from transformers import TrainerCallback
 
 from hf_gradtools.nanogpt import NanoGPTConfig
 from hf_gradtools.nanogpt.data import TokenFolder, prepare
@@ -16,6 +15,7 @@ from hf_gradtools.nanogpt.training.trainer import BlockTrainer
 from hf_gradtools.workflow.checkpoints import last_checkpoint, list_checkpoints, write_folder
 from tests.nanogpt.training.killed_run import DROPOUT, RUN
 from tests.nanogpt.training.reference import MODEL, TEXT, make_dataset, options
+from tests.workflow.killing import Interrupt
 
 
 def logged(out_dir):
@@ -25,15 +25,6 @@ def logged(out_dir):
 
 def numbers(state):
     return [row for row in state["log_history"] if "train_loss" not in row]
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
