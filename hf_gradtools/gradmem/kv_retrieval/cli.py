@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import typer
 
 from hf_gradtools.gradmem.kv_retrieval.names import KVRetrievalConfig, parse_count
-from hf_gradtools.workflow.flags import parser_for
+from hf_gradtools.workflow.flags import given_flags, parser_for
 from hf_gradtools.workflow.terminal import one_line_errors
 
 
@@ -37,13 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Makes a dataset from the words of a command line."""
     with one_line_errors(DataOptions):
         parser = parser_for(DataOptions, prog="hf-gradtools gradmem data", description="Make a dataset on disk.")
-        (options,) = parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+        options = DataOptions(**given_flags(parser, argv))
         config = KVRetrievalConfig.from_name(options.name)
-        rows = None if options.num is None else parse_count(options.num)
+        num = None if options.num is None else parse_count(options.num, "num")
+        valid_rows = parse_count(options.valid_rows, "valid_rows")
         from hf_gradtools.gradmem.kv_retrieval.dataset import save_kv_datasets
 
-        splits = save_kv_datasets(
-            config, options.out, rows, parse_count(options.valid_rows), options.seed, options.num_proc
-        )
+        splits = save_kv_datasets(config, options.out, num, valid_rows, options.seed, options.num_proc)
         sizes = ", ".join(f"{len(rows):,} rows of {split}" for split, rows in splits.items())
         typer.echo(f"{config.with_size(None).name}: {sizes} and the tokenizer in {options.out}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +11,25 @@ from transformers import PreTrainedTokenizerBase
 
 
 IGNORE_INDEX = -100
-PAIR = re.compile(r"!(?P<key>[^:]*):(?P<value>[^!]*)!")
 
 Row = Mapping[str, Any]
+Ids = list[int]
 
 
 class GradMemCollator:
     """Contexts to be written, and queries with their answers to be read; everything is padded on the right.
 
+    `Trainer` needs `remove_unused_columns=False` to leave it the texts.
+
     Args:
         tokenizer: of the model, with a pad token.
-        queries_per_context: how many of the row's pairs are asked for: first the row's own query, then the others in
-            their order. Row i's queries are rows i·n … i·n + n − 1 of `input_ids`.
-        max_context_length: tokens kept of each context.
+        queries_per_context: how many of a row's "kv_pairs" are asked for: the row's own query, then those that come
+            after it in the row, and from the first again. Row i's queries are rows i·n … i·n + n − 1 of `input_ids`.
+        max_context_length: tokens kept of each context, the first ones.
+        add_eos_token: whether answers end in the tokenizer's eos token; those of key-value retrieval end in `|`.
 
     Raises:
-        ValueError: a number is out of range, the tokenizer cannot pad, or a row has too few pairs.
+        ValueError: a number is out of range, the tokenizer has no such token, or a row has too few pairs.
     """
 
     def __init__(
@@ -35,46 +37,39 @@ class GradMemCollator:
         tokenizer: PreTrainedTokenizerBase,
         queries_per_context: int = 1,
         max_context_length: int | None = None,
+        add_eos_token: bool = False,
     ):
         for name, value in (("queries_per_context", queries_per_context), ("max_context_length", max_context_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token. Set tokenizer.pad_token = tokenizer.eos_token.")
+        if add_eos_token and tokenizer.eos_token_id is None:
+            raise ValueError("add_eos_token=True, and the tokenizer has no eos token. Set tokenizer.eos_token.")
         self.tokenizer = tokenizer
         self.queries_per_context = queries_per_context
         self.max_context_length = max_context_length
+        self.end = [tokenizer.eos_token_id] if add_eos_token else []
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` `[B·n, Q]`, `context_ids` and `context_attention_mask` `[B, S]`."""
-        batch = self._asked(([], *pair) for row in rows for pair in self._queries(row))
-        contexts = [self._context(row) for row in rows]
+        contexts = self._contexts(rows)
         return {
-            **batch,
+            **self._asked(rows, [[] for _ in rows]),
             "context_ids": self._padded(contexts, self.tokenizer.pad_token_id),
             "context_attention_mask": self._padded([[1] * len(ids) for ids in contexts], 0),
         }
 
-    def _context(self, row: Row) -> list[int]:
-        return self._encode(row["context"])[: self.max_context_length]
+    def _contexts(self, rows: Sequence[Row]) -> list[Ids]:
+        return [ids[: self.max_context_length] for ids in self._encode([row["context"] for row in rows])]
 
-    def _queries(self, row: Row) -> list[tuple[str, str]]:
-        asked = [(row["query"], row["target"])]
-        if self.queries_per_context > 1:
-            pairs = [PAIR.fullmatch(pair) for pair in row["kv_pairs"]]
-            others = [(f"?!{pair['key']}:", f"{pair['value']}!|") for pair in pairs if pair is not None]
-            asked += [other for other in others if other[0] != row["query"]]
-        if len(asked) < self.queries_per_context:
-            raise ValueError(
-                f"queries_per_context={self.queries_per_context}, and a row has {len(asked)} pairs. Ask for fewer."
-            )
-        return asked[: self.queries_per_context]
-
-    def _asked(self, prompts: Iterator[tuple[list[int], str, str]]) -> dict[str, Tensor]:
-        """Prompts `(ids before, query, answer)` with labels on the answers alone."""
+    def _asked(self, rows: Sequence[Row], before: Sequence[Ids]) -> dict[str, Tensor]:
+        """The rows' queries, each after what comes before it, with labels on the answers alone."""
+        asked = [pair for row in rows for pair in self._queries(row)]
+        questions, answers = (self._encode([pair[part] for pair in asked]) for part in (0, 1))
         ids, labels = [], []
-        for before, query, target in prompts:
-            question, answer = [*before, *self._encode(query)], self._encode(target)
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            question, answer = [*before[i // self.queries_per_context], *question], [*answer, *self.end]
             ids.append(question + answer)
             labels.append([IGNORE_INDEX] * len(question) + answer)
         return {
@@ -83,13 +78,29 @@ class GradMemCollator:
             "labels": self._padded(labels, IGNORE_INDEX),
         }
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _queries(self, row: Row) -> list[tuple[str, str]]:
+        own = (row["query"], row["target"])
+        if self.queries_per_context == 1:
+            return [own]
+        pairs = [pair[1:-1].partition(":") for pair in row.get("kv_pairs", [])]
+        if len(pairs) < self.queries_per_context:
+            raise ValueError(
+                f"queries_per_context={self.queries_per_context}, and a row has {len(pairs)} kv_pairs. Ask for fewer."
+            )
+        asked = [(f"?!{key}:", f"{value}!|") for key, _, value in pairs]
+        if own not in asked:
+            raise ValueError(f"a row's kv_pairs {row['kv_pairs']} have no pair of its query and target, {own}.")
+        # Beginning at the row's own pair, which is any of them, no place of the context is asked for more often.
+        first = asked.index(own)
+        return (asked[first:] + asked[:first])[: self.queries_per_context]
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     @staticmethod
-    def _padded(rows: list[list[int]], value: int) -> Tensor:
+    def _padded(rows: list[Ids], value: int) -> Tensor:
         longest = max(map(len, rows))
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
 class PromptCollator(GradMemCollator):
@@ -97,4 +108,4 @@ class PromptCollator(GradMemCollator):
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels` `[B·n, S + Q]`."""
-        return self._asked((self._context(row), *pair) for row in rows for pair in self._queries(row))
+        return self._asked(rows, self._contexts(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from transformers.utils import logging
 
-from hf_gradtools.core.atomic import rename_unless_there
-from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, Columns, generate_block
+from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, SPLITS, Columns, generate_block
 from hf_gradtools.gradmem.kv_retrieval.names import KVRetrievalConfig
 from hf_gradtools.gradmem.kv_retrieval.tokenizer import build_kv_tokenizer
 
 
+logger = logging.get_logger(__name__)
+
+UNFINISHED = ".tmp"
 FEATURES = Features(
     {
         "context": Value("string"),
@@ -50,34 +54,37 @@ def generate_kv_dataset(
         cache_file: Arrow file to hold them; default in memory.
 
     Raises:
-        ValueError: no number of rows, or one below 1.
+        ValueError: no number of rows, one below 1, or an unknown split.
     """
-    config, num_rows = _task(config, num_rows)
+    task = _task(config, num_rows, seed, split)
     _check("num_proc", num_proc, 1)
-    blocks = Dataset.from_dict({"block": range(-(-num_rows // BLOCK_ROWS))})
-    rows = blocks.map(
-        partial(_columns, config=config, seed=_check("seed", seed, 0), split=split, num_rows=num_rows),
+    blocks = _blocks(task)
+    workers = min(num_proc, len(blocks))
+    return Dataset.from_dict({"block": blocks}).map(
+        partial(_columns, **task),
         batched=True,
         batch_size=1,
         writer_batch_size=BLOCK_ROWS,
-        num_proc=min(num_proc, len(blocks)) if num_proc > 1 else None,
+        num_proc=workers if workers > 1 else None,
         remove_columns="block",
         features=FEATURES,
-        cache_file_name=str(cache_file) if cache_file is not None else None,
+        cache_file_name=None if cache_file is None else str(cache_file),
         keep_in_memory=cache_file is None,
-        desc=f"{config.name} {split}, blocks of {BLOCK_ROWS} rows",
+        load_from_cache_file=False,  # what is there under that name may be of another task or seed
+        desc=f"{task['config'].name} {split}, blocks of {BLOCK_ROWS} rows",
     )
-    return rows
 
 
 def stream_kv_dataset(
     config: KVRetrievalConfig | str, num_rows: int | None = None, seed: int = 0, split: str = "train"
 ) -> IterableDataset:
-    """The same rows in the same order, made when they are asked for; the arguments are [`generate_kv_dataset`]'s."""
-    config, num_rows = _task(config, num_rows)
-    arguments = {"config": config, "num_rows": num_rows, "seed": _check("seed", seed, 0), "split": split}
-    blocks = list(range(-(-num_rows // BLOCK_ROWS)))
-    return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs={"blocks": blocks, **arguments})
+    """The same rows in the same order, made when they are asked for; the arguments are [`generate_kv_dataset`]'s.
+
+    Workers of a `DataLoader` share the blocks of 1,000 rows among them.
+    """
+    task = _task(config, num_rows, seed, split)
+    # Lists are what `datasets` splits among workers.
+    return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs={"blocks": [*_blocks(task)], **task})
 
 
 def save_kv_datasets(
@@ -103,42 +110,57 @@ def save_kv_datasets(
         ValueError: a number is out of range.
         FileExistsError: `out` is there.
     """
-    config, num_rows = _task(config, num_rows)
     _check("valid_rows", valid_rows, 1)
+    _check("num_proc", num_proc, 1)
+    tasks = {"train": _task(config, num_rows, seed), "valid": _task(config, valid_rows, seed, "valid")}
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"out={str(out)!r} is there already. Name another folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    _tell_leftovers(out)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=UNFINISHED, dir=out.parent))
     try:
         cache = unfinished / "cache"
         cache.mkdir()
         splits = {
-            split: generate_kv_dataset(config, rows, seed, num_proc, split, cache / f"{split}.arrow")
-            for split, rows in (("train", num_rows), ("valid", valid_rows))
+            split: generate_kv_dataset(**task, num_proc=num_proc, cache_file=cache / f"{split}.arrow")
+            for split, task in tasks.items()
         }
         DatasetDict(splits).save_to_disk(unfinished / "rows")
-        build_kv_tokenizer(config.vocab_size).save_pretrained(unfinished / "rows")
-        rename_unless_there(unfinished / "rows", out)
+        build_kv_tokenizer(tasks["train"]["config"].vocab_size).save_pretrained(unfinished / "rows")
+        (unfinished / "rows").rename(out)
     finally:
         shutil.rmtree(unfinished)
     return DatasetDict.load_from_disk(out)
 
 
-def _task(config: KVRetrievalConfig | str, num_rows: int | None) -> tuple[KVRetrievalConfig, int]:
+def _tell_leftovers(out: Path) -> None:
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*{UNFINISHED}"):
+        logger.warning(f"{str(left)!r} is of a run that was killed, or that is at work. Remove it if none is.")
+
+
+def _task(config: KVRetrievalConfig | str, num_rows: int | None, seed: int, split: str = "train") -> dict[str, Any]:
+    """What rows depend on, checked."""
     config = KVRetrievalConfig.from_name(config) if isinstance(config, str) else config
     num_rows = config.size if num_rows is None else num_rows
     if num_rows is None:
         raise ValueError(
             f"num_rows is missing, and the name {config.name!r} tells none. Pass it, or a name like {config.name}_10K."
         )
-    return config, _check("num_rows", num_rows, 1)
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown. Pass one of {', '.join(SPLITS)}.")
+    _check("num_rows", num_rows, 1)
+    _check("seed", seed, 0)
+    return {"config": config, "num_rows": num_rows, "seed": seed, "split": split}
 
 
-def _check(name: str, value: int, least: int) -> int:
+def _blocks(task: dict[str, Any]) -> range:
+    return range(-(-task["num_rows"] // BLOCK_ROWS))
+
+
+def _check(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
-    return value
 
 
 def _columns(batch: dict[str, list[int]], config: KVRetrievalConfig, seed: int, split: str, num_rows: int) -> Columns:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-
-IGNORE_INDEX = -100
+from hf_gradtools.gradmem.kv_retrieval.collating import IGNORE_INDEX
 
 
 def exact_match(predictions: Tensor, labels: Tensor, ignored_ids: Sequence[int] = ()) -> float:

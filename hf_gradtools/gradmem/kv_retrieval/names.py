@@ -17,15 +17,15 @@ NAME = re.compile(
 UNITS = {"K": 1_000, "M": 1_000_000}
 
 
-def parse_count(text: str) -> int:
-    """A number of rows as it is typed: 1000, 1_000, 10K, 1M.
+def parse_count(text: str, name: str = "size") -> int:
+    """A number of rows as it is typed: 1000, 1_000, 10K, 1M; `name` is what errors call it.
 
     Raises:
         ValueError: it is none of these.
     """
-    match = re.fullmatch(r"(\d[\d_]*)([KM]?)", text.strip().upper())
+    match = re.fullmatch(r"([1-9][\d_]*)([KM]?)", text.strip().upper())
     if match is None:
-        raise ValueError(f"{text!r} is no number of rows. Write it as 500, 1_000, 10K or 1M.")
+        raise ValueError(f"{name}={text!r} is no number of rows. Write it as 500, 1_000, 10K or 1M.")
     return int(match[1].replace("_", "")) * UNITS.get(match[2], 1)
 
 
