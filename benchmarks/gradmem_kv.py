@@ -35,9 +35,9 @@ RECIPE: dict[str, Any] = {
     "base_model": "llama", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_mem_tokens": 4, "inner_lr": 4.0,
     "learn_inner_lr": True, "inner_lr_multiplier": 20.0, "use_write_head": True, "queries_per_context": 2,
     "adam_beta2": 0.99, "learning_rate": 2e-3, "warmup_steps": 50, "per_device_batch_size": 32, "eval_steps": 50,
-    "logging_steps": 50, "eval_rows": 500, "early_stopping_patience": None, "progress": False,
+    "logging_steps": 50, "eval_rows": 400, "eval_generation": False, "early_stopping_patience": None, "progress": False,
 }  # fmt: skip
-KINDS = ("vanilla", "none", "first", "second")
+KINDS = ("second", "vanilla", "none", "first")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Setting:
 
 
 SETTINGS = {
-    "easy": Setting(("N2-K1V1-V4",), 1200, (1,)),
-    "larger": Setting(("N2-K1V1-V16", "N4-K1V1-V16", "N8-K1V1-V16"), 3000, (1, 2, 4), (("n_mem_tokens", 8),)),
+    "easy": Setting(("N2-K1V1-V4",), 1500, (1, 2)),
+    "pairs": Setting(("N2-K1V1-V8", "N4-K1V1-V8"), 1500, (1, 2), (("n_mem_tokens", 8),)),
+    "larger": Setting(("N4-K1V1-V16", "N8-K1V1-V16"), 4000, (1, 2, 4), (("n_mem_tokens", 8),)),
     "curriculum": Setting(("N2-K1V1-V16",), 6000, (1, 2), (("n_mem_tokens", 8),), "2,4,8"),
 }
 

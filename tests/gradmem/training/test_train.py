@@ -81,6 +81,27 @@ def test_a_run_may_start_with_the_weights_of_another(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ({"use_adam": True, "inner_clip_value": 0.1, "inner_clip_norm": 0.2}, {}),
+        ({"n_ctrl_tokens": 1, "K": 2, "last_K_second_order": 1}, {"last_k_second_order": 1}),
+        ({"use_mem_proj": True, "mem_proj_mode": "per_sample", "use_gradient_checkpointing": True}, {}),
+        (
+            {"use_write_lora": True, "write_lora_r": 2, "write_lora_target_modules": "q_proj, v_proj"},
+            {"write_lora_target_modules": ["q_proj", "v_proj"]},
+        ),
+        ({"grad_mode": "none", "recompute_write": False, "attn_implementation": "eager"}, {}),
+    ],
+)
+def test_options_of_the_memory_reach_the_model(given, config, tmp_path):
+    train(options(tmp_path, max_steps=2, **given))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    of_the_run = {"use_gradient_checkpointing", "attn_implementation", "last_K_second_order"}
+    expected = {**{name: value for name, value in given.items() if name not in of_the_run}, **config}
+    assert {name: getattr(saved, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"data_path": "N2-what"}, "data_path='N2-what' is no folder, and no task"),
