@@ -35,7 +35,8 @@ RECIPE: dict[str, Any] = {
     "base_model": "llama", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_mem_tokens": 4, "inner_lr": 4.0,
     "learn_inner_lr": True, "inner_lr_multiplier": 20.0, "use_write_head": True, "queries_per_context": 2,
     "adam_beta2": 0.99, "learning_rate": 2e-3, "warmup_steps": 50, "per_device_batch_size": 32, "eval_steps": 50,
-    "logging_steps": 50, "eval_rows": 400, "eval_generation": False, "early_stopping_patience": None, "progress": False,
+    "logging_steps": 50, "eval_rows": 400, "eval_generation": False, "early_stopping_patience": None,
+    "progress": False,
 }  # fmt: skip
 KINDS = ("second", "vanilla", "none", "first")
 
