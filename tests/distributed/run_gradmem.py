@@ -21,7 +21,9 @@ CASES: dict[str, Fields] = {
     "first": {"grad_mode": "first"},
     "last step": {"last_k_second_order": 1},
     "frozen": {"freeze_backbone": True, "use_write_head": True},
+    "none": {"grad_mode": "none"},
 }
+UNUSED = {"everything", "none"}  # looked for, as Trainer does
 STEPS = 2
 
 
@@ -31,7 +33,7 @@ def train(wrap, rows) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name, fields in CASES.items():
         one = build(**fields)
-        wrapped, found[name] = wrap(one.train()), []
+        wrapped, found[name] = wrap(one.train(), find_unused_parameters=name in UNUSED), []
         for _ in range(STEPS):
             wrapped.zero_grad()
             wrapped(**rows).loss.backward()

@@ -29,13 +29,16 @@ def three(length=None):
     return contexts, [ids(length or size, seed=20 + size) for size in (3, 5, 2)]
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+CACHES = {"cache": {}, "no cache": {"use_cache": False}, "static cache": {"cache_implementation": "static"}}
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_generation_is_that_of_the_definition(case, use_cache):
+def test_greedy_generation_is_that_of_the_definition(case, cache):
     one, definition = endless(case), reference(model(case))
     contexts, queries = three()
     rows, mask = pad(queries, "left")
-    found = one.generate(rows, memory=one.write(*pad(contexts)), attention_mask=mask, use_cache=use_cache, **GREEDY)
+    found = one.generate(rows, memory=one.write(*pad(contexts)), attention_mask=mask, **CACHES[cache], **GREEDY)
     assert torch.equal(found[:, :5], rows)
     for row, (context, query) in enumerate(zip(contexts, queries, strict=True)):
         assert torch.equal(found[row, 5:], definition.greedy(definition.write(context).state, query, NEW))
@@ -138,6 +141,13 @@ def test_scores_are_the_logits_of_reading():
     out = one.generate(query, memory=memory, return_dict_in_generate=True, output_logits=True, **GREEDY)
     expected = one(memory=memory, input_ids=out.sequences[:, :-1]).logits[:, 3:]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_of_queries_are_continued():
+    one, query = endless(), ids(2, 4)
+    memory = one.write(ids(2, 8))
+    found = one.generate(inputs_embeds=one.get_input_embeddings()(query), memory=memory, **GREEDY)
+    assert torch.equal(found, one.generate(query, memory=memory, **GREEDY)[:, 4:])
 
 
 def test_generation_leaves_memory_and_parameters_as_they_are():

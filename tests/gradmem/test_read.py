@@ -123,7 +123,7 @@ def test_a_cache_continues_what_was_read(case):
     expected = model(case)(memory=memory, input_ids=rows).logits
     out = model(case)(memory=memory, input_ids=rows[:, :4], use_cache=True)
     torch.testing.assert_close(out.logits, expected[:, :4], **CLOSE)
-    out = model(case)(memory=memory, input_ids=rows[:, 4:], past_key_values=out.past_key_values)
+    out = model(case)(input_ids=rows[:, 4:], past_key_values=out.past_key_values)  # the memory is in there
     torch.testing.assert_close(out.logits, expected[:, 4:], **CLOSE)
 
 

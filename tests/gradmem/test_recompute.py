@@ -75,6 +75,18 @@ def test_with_dropout_the_gradient_is_that_of_finite_differences(recompute):
         assert found == pytest.approx(length.item(), rel=1e-5)
 
 
+def test_recomputed_steps_are_cast_as_they_were():
+    found = []
+    for recompute in (True, False):
+        one = build("GPT-2, tied", torch.float32, K=3, recompute_write=recompute).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = one(**batch()).loss
+        loss.backward()  # outside of it
+        found.append({name: p.grad for name, p in one.named_parameters()})
+    for name, grad in found[1].items():
+        assert gap(found[0][name], grad) < 1e-3, name
+
+
 def test_the_backward_pass_leaves_the_random_numbers_as_it_found_them():
     one = with_dropout()
     loss = one(K=3, **batch()).loss
