@@ -52,7 +52,7 @@ def _summary(values: Sequence[float]) -> str:
 def cost_table(costs: dict[int, AnswerCosts], queries: Sequence[int]) -> str:
     """A markdown table of millions of operations per answered query, by tokens of the context."""
     lines = [
-        ["context tokens", *(f"memory, {q} queries" for q in queries), "prompt", "cheaper from", "than a kept context"]
+        ["context tokens", *(f"memory, {_queries(q)}" for q in queries), "prompt", "cheaper from", "than a kept context"]
     ]
     for length, cost in costs.items():
         memory = [f"{cost.per_query(q)['memory'] / 1e6:,.1f}" for q in queries]
@@ -62,7 +62,9 @@ def cost_table(costs: dict[int, AnswerCosts], queries: Sequence[int]) -> str:
 
 
 def _queries(crossing: float) -> str:
-    return "never" if math.isinf(crossing) else f"{crossing:,} queries"
+    if math.isinf(crossing):
+        return "never"
+    return "1 query" if crossing == 1 else f"{crossing:,} queries"
 
 
 def _markdown(lines: list[list[str]]) -> str:
@@ -103,7 +105,7 @@ def plot_costs(costs: dict[int, AnswerCosts], queries: Sequence[int], out: Path)
     axes.plot(lengths, [costs[n].prompt for n in lengths], color="black", label="context in the prompt")
     for q in queries:
         values = [costs[n].per_query(q)["memory"] for n in lengths]
-        axes.plot(lengths, values, marker=".", label=f"memory, {q} queries per context")
+        axes.plot(lengths, values, marker=".", label=f"memory, {_queries(q)} per context")
     axes.set(xlabel="tokens of the context", ylabel="operations per answered query", xscale="log", yscale="log")
     axes.legend()
     _save(figure, out)
