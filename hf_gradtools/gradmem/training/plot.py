@@ -52,7 +52,13 @@ def _summary(values: Sequence[float]) -> str:
 def cost_table(costs: dict[int, AnswerCosts], queries: Sequence[int]) -> str:
     """A markdown table of millions of operations per answered query, by tokens of the context."""
     lines = [
-        ["context tokens", *(f"memory, {_queries(q)}" for q in queries), "prompt", "cheaper from", "than a kept context"]
+        [
+            "context tokens",
+            *(f"memory, {_queries(q)}" for q in queries),
+            "prompt",
+            "cheaper from",
+            "than a kept context",
+        ]
     ]
     for length, cost in costs.items():
         memory = [f"{cost.per_query(q)['memory'] / 1e6:,.1f}" for q in queries]

@@ -78,7 +78,8 @@ def train(options: TrainOptions, *, echo: Callable[[str], None] | None = None) -
     tokenizer = build_tokenizer(options, stages[0].alphabet)
     set_seed(options.seed)
     model = build_model(options, tokenizer, checkpoint)
-    trainer = _build_trainer(options, model, stages, tokenizer, checkpoint, echo or logger.info)
+    display = _Accuracy(options.progress, echo or logger.info)
+    trainer = _build_trainer(options, model, stages, tokenizer, checkpoint, display)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomically(folder / OPTIONS, options.identity())
@@ -88,7 +89,7 @@ def train(options: TrainOptions, *, echo: Callable[[str], None] | None = None) -
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            trainer.display.close()
+            display.close()
     seconds = None if checkpoint is not None else time.process_time() - begun
     result: dict[str, Any] = {}
     if trainer.is_world_process_zero():
@@ -120,11 +121,10 @@ def _build_trainer(
     stages: list[Stage],
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None,
-    echo: Callable[[str], None],
+    display: Display,
 ) -> GradMemTrainer:
     collator = PromptCollator if options.vanilla else GradMemCollator
     make = partial(collator, tokenizer, max_context_length=options.max_context_length)
-    display = _Accuracy(options.progress, echo)
     trainer = GradMemTrainer(
         model,
         training_arguments(options, resumed=checkpoint is not None),
@@ -142,7 +142,6 @@ def _build_trainer(
         patience=options.early_stopping_patience,
         callbacks=[display],
     )
-    trainer.display = display
     trainer.remove_callback(PrinterCallback)
     return trainer
 
