@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from multiprocess import TimeoutError
 from transformers.utils import logging
 
 from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, SPLITS, Columns, generate_block
@@ -60,19 +61,22 @@ def generate_kv_dataset(
     _check("num_proc", num_proc, 1)
     blocks = _blocks(task)
     workers = min(num_proc, len(blocks))
-    return Dataset.from_dict({"block": blocks}).map(
-        partial(_columns, **task),
-        batched=True,
-        batch_size=1,
-        writer_batch_size=BLOCK_ROWS,
-        num_proc=workers if workers > 1 else None,
-        remove_columns="block",
-        features=FEATURES,
-        cache_file_name=None if cache_file is None else str(cache_file),
-        keep_in_memory=cache_file is None,
-        load_from_cache_file=False,  # what is there under that name may be of another task or seed
-        desc=f"{task['config'].name} {split}, blocks of {BLOCK_ROWS} rows",
-    )
+    try:
+        return Dataset.from_dict({"block": blocks}).map(
+            partial(_columns, **task),
+            batched=True,
+            batch_size=1,
+            writer_batch_size=BLOCK_ROWS,
+            num_proc=workers if workers > 1 else None,
+            remove_columns="block",
+            features=FEATURES,
+            cache_file_name=None if cache_file is None else str(cache_file),
+            keep_in_memory=cache_file is None,
+            load_from_cache_file=False,  # what is there under that name may be of another task or seed
+            desc=f"{task['config'].name} {split}, blocks of {BLOCK_ROWS} rows",
+        )
+    except TimeoutError as error:  # what `datasets` makes of an interrupt while its processes are at work
+        raise KeyboardInterrupt from error
 
 
 def stream_kv_dataset(
