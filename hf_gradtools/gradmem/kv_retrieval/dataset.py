@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from multiprocess import TimeoutError
 from transformers.utils import logging
 
-from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, SPLITS, Columns, generate_block
+from hf_gradtools.gradmem.kv_retrieval.generate import BLOCK_ROWS, SPLITS, block_table
 from hf_gradtools.gradmem.kv_retrieval.names import KVRetrievalConfig
 from hf_gradtools.gradmem.kv_retrieval.tokenizer import build_kv_tokenizer
 
@@ -63,7 +64,7 @@ def generate_kv_dataset(
     workers = min(num_proc, len(blocks))
     try:
         return Dataset.from_dict({"block": blocks}).map(
-            partial(_columns, **task),
+            partial(_table, **task),
             batched=True,
             batch_size=1,
             writer_batch_size=BLOCK_ROWS,
@@ -167,16 +168,11 @@ def _check(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value} must be at least {least}.")
 
 
-def _columns(batch: dict[str, list[int]], config: KVRetrievalConfig, seed: int, split: str, num_rows: int) -> Columns:
+def _table(batch: dict[str, list[int]], config: KVRetrievalConfig, seed: int, split: str, num_rows: int) -> pa.Table:
     (block,) = batch["block"]
-    columns = generate_block(config, seed, block, split)
-    return {name: values[: num_rows - block * BLOCK_ROWS] for name, values in columns.items()}
+    return block_table(config, seed, block, split)[: num_rows - block * BLOCK_ROWS]
 
 
-def _rows(
-    blocks: list[int], config: KVRetrievalConfig, num_rows: int, seed: int, split: str
-) -> Iterator[dict[str, Any]]:
+def _rows(blocks: list[int], **task: Any) -> Iterator[dict[str, Any]]:
     for block in blocks:
-        columns = _columns({"block": [block]}, config, seed, split, num_rows)
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+        yield from _table({"block": [block]}, **task).to_pylist()

@@ -66,7 +66,7 @@ def test_what_is_saved_is_what_is_generated_and_nothing_else_is_left(rows, tmp_p
     assert os.listdir(tmp_path / "new") == ["kv"]
 
 
-@pytest.mark.parametrize("step", ["generate_block", "build_kv_tokenizer"])
+@pytest.mark.parametrize("step", ["block_table", "build_kv_tokenizer"])
 def test_a_killed_process_leaves_nothing_at_its_folder_and_the_next_names_what_is_left(step, tmp_path, monkeypatch):
     def killed(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
