@@ -102,7 +102,7 @@ def finished(results: Path) -> list[dict[str, Any]]:
 
 
 def tables(records: list[dict[str, Any]]) -> str:
-    """Exact match of each setting, with the checks beside it."""
+    """Exact match of each setting's best evaluations by generation, and the last one by teacher forcing beside it."""
     parts = []
     for name in SETTINGS:
         if rows := [record for record in records if record["cell"]["setting"] == name]:
@@ -112,15 +112,16 @@ def tables(records: list[dict[str, Any]]) -> str:
 
 def details(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | seed | task | exact match | best at step | of | wrong context | guess | contexts seen | CPU s |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | seed | task | best | at step | last | at step | wrong context | guess | contexts seen | CPU s |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in sorted(records, key=lambda r: (r["num_pairs"], label_of(r), r["seed"])):
         seen = "" if r["seen_contexts"] is None else f"{r['seen_contexts']:.3f}"
+        figures = (r["metrics"]["generated_exact_match"], r["stages"][-1]["exact_match"])
+        checks = f"{r['wrong_context_exact_match']:.3f} | {r['chance']:.3f} | {seen}"
         lines.append(
-            f"| {label_of(r)} | {r['seed']} | {r['task']} | {r['metrics']['generated_exact_match']:.3f} "
-            f"| {r['best_step']} | {r['steps']} | {r['wrong_context_exact_match']:.3f} | {r['chance']:.3f} | {seen} "
-            f"| {r['cpu_seconds']:.0f} |"
+            f"| {label_of(r)} | {r['seed']} | {r['task']} | {figures[0]:.3f} | {r['best_step']} | {figures[1]:.3f} "
+            f"| {r['steps']} | {checks} | {r['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 
