@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,10 +67,12 @@ class GradMemCollator:
     def _asked(self, rows: Sequence[Row], before: Sequence[Ids]) -> dict[str, Tensor]:
         """The rows' queries, each after what comes before it, with labels on the answers alone."""
         asked = [pair for row in rows for pair in self._queries(row)]
-        questions, answers = (self._encode([pair[part] for pair in asked]) for part in (0, 1))
+        questions = self._encode([query for query, _ in asked])
+        wholes = self._encode([query + target for query, target in asked])  # a token may depend on what is before it
         ids, labels = [], []
-        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-            question, answer = [*before[i // self.queries_per_context], *question], [*answer, *self.end]
+        for i, (question, whole) in enumerate(zip(questions, wholes, strict=True)):
+            begin = len(os.path.commonprefix([question, whole]))
+            question, answer = [*before[i // self.queries_per_context], *whole[:begin]], [*whole[begin:], *self.end]
             ids.append(question + answer)
             labels.append([IGNORE_INDEX] * len(question) + answer)
         return {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_gradtools.gradmem.qa import GradMemCollator, PromptCollator
@@ -39,6 +39,18 @@ def test_answers_with_an_end_are_what_is_learned(tokenizer):
         prompt = PromptCollator(tokenizer, add_eos_token=True)([row])
         assert prompt["input_ids"].tolist() == [context + query + answer]
         assert prompt["labels"].tolist() == [[-100] * len(context + query) + answer]
+
+
+def test_an_answer_is_tokenized_as_what_follows_its_query():
+    """Llama's tokenizer puts a space before any text: on its own, " here" would begin with two."""
+    words = Tokenizer(models.WordLevel({"<end>": 0, "▁": 1, "▁Answer:": 2, "▁here": 3}, unk_token="<end>"))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    assert tokenizer(" here").input_ids == [1, 3]
+    batch = GradMemCollator(tokenizer)([{"context": "here", "query": "Answer:", "target": " here"}])
+    assert batch["input_ids"].tolist() == [[2, 3]]
+    assert batch["labels"].tolist() == [[-100, 3]]
 
 
 def test_a_model_with_a_memory_learns_from_them(tokenizer):
