@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def generate_kv_dataset(
     workers = min(num_proc, len(blocks))
     try:
         return Dataset.from_dict({"block": blocks}).map(
-            partial(_table, **task),
+            partial(_table, **task, parent=os.getpid() if workers > 1 else None),
             batched=True,
             batch_size=1,
             writer_batch_size=BLOCK_ROWS,
@@ -168,7 +169,17 @@ def _check(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value} must be at least {least}.")
 
 
-def _table(batch: dict[str, list[int]], config: KVRetrievalConfig, seed: int, split: str, num_rows: int) -> pa.Table:
+def _table(
+    batch: dict[str, list[int]],
+    config: KVRetrievalConfig,
+    seed: int,
+    split: str,
+    num_rows: int,
+    parent: int | None = None,
+) -> pa.Table:
+    """The rows of a block; `parent` is the process that a worker makes them for."""
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)  # it was killed, and its pool would keep this worker for ever
     (block,) = batch["block"]
     return block_table(config, seed, block, split)[: num_rows - block * BLOCK_ROWS]
 

@@ -3,12 +3,20 @@
 import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import datasets
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_gradtools.gradmem.kv_retrieval import KVRetrievalConfig, dataset, generate_kv_dataset, stream_kv_dataset
+from hf_gradtools.gradmem.kv_retrieval import (
+    KVRetrievalConfig,
+    dataset,
+    generate,
+    generate_kv_dataset,
+    stream_kv_dataset,
+)
 from hf_gradtools.gradmem.kv_retrieval import save_kv_datasets as save
 from tests.gradmem.kv_retrieval.reading import check_row
 
@@ -84,6 +92,38 @@ def test_a_killed_process_leaves_nothing_at_its_folder_and_the_next_names_what_i
     assert len(save(NAME, out, 1100, 10)["train"]) == 1100
     assert sorted(os.listdir(tmp_path)) == [left, "kv[1]"]
     assert left in told[0]
+
+
+def is_running(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.timeout(60)
+def test_workers_of_a_killed_process_end_too(tmp_path, monkeypatch):
+    def slow(*arguments):
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.1)
+        return generate.block_table(*arguments)
+
+    monkeypatch.setattr(dataset, "block_table", slow)
+    process = multiprocessing.get_context("fork").Process(target=generate_kv_dataset, args=(NAME, 100_000, 0, 2))
+    process.start()
+    while len(os.listdir(tmp_path)) < 2:
+        time.sleep(0.02)
+    others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = os.listdir(tmp_path)
+    assert set(workers) < set(others)
+    process.kill()
+    process.join()
+    try:
+        while any(is_running(worker) for worker in workers):
+            time.sleep(0.02)
+    finally:
+        for other in set(others) - set(workers):  # what `datasets` passes results through stays
+            os.kill(int(other), signal.SIGKILL)
 
 
 def test_an_error_leaves_nothing(tmp_path, monkeypatch):
