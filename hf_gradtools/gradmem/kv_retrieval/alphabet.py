@@ -53,7 +53,7 @@ def check_alphabet(symbols: str) -> str:
     twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
     if twice or not symbols:
         raise ValueError(f"alphabet={symbols!r} must have each symbol once" + (f"; {twice} repeat." if twice else "."))
-    spaces = [symbol for symbol in symbols if not symbol.isprintable() or symbol.isspace()]
-    if spaces:
-        raise ValueError(f"alphabet={symbols!r} has {spaces}, which cannot be seen. Leave them out.")
+    unseen = [symbol for symbol in symbols if unicodedata.category(symbol)[0] in "CMZ"]  # controls, marks, spaces
+    if unseen:
+        raise ValueError(f"alphabet={symbols!r} has {unseen}, which cannot be seen alone. Leave them out.")
     return symbols

@@ -44,6 +44,7 @@ def test_an_alphabet_of_one_s_own():
         ("", "must have each symbol once"),
         ("a b", "cannot be seen"),
         ("a\nb", "cannot be seen"),
+        ("ae\u0301", "cannot be seen alone"),
     ],
 )
 def test_alphabets_that_cannot_be_are_refused(symbols, message):
