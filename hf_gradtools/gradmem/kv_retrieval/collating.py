@@ -98,7 +98,8 @@ class GradMemCollator:
         return (asked[first:] + asked[:first])[: self.queries_per_context]
 
     def _encode(self, texts: list[str]) -> list[Ids]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+        ids: list[Ids] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return ids
 
     @staticmethod
     def _padded(rows: list[Ids], value: int) -> Tensor:
