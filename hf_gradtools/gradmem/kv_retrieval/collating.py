@@ -30,7 +30,8 @@ class GradMemCollator:
         add_eos_token: whether answers end in the tokenizer's eos token; those of key-value retrieval end in `|`.
 
     Raises:
-        ValueError: a number is out of range, the tokenizer has no such token, or a row has too few pairs.
+        ValueError: a number is out of range, the tokenizer has no such token or not the row's symbols, or a row
+            has too few pairs.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class GradMemCollator:
         asked = [pair for row in rows for pair in self._queries(row)]
         questions = self._encode([query for query, _ in asked])
         wholes = self._encode([query + target for query, target in asked])  # a token may depend on what is before it
+        self._check_known(rows, wholes)
         ids, labels = [], []
         for i, (question, whole) in enumerate(zip(questions, wholes, strict=True)):
             begin = len(os.path.commonprefix([question, whole]))
@@ -80,6 +82,17 @@ class GradMemCollator:
             "attention_mask": self._padded([[1] * len(row) for row in ids], 0),
             "labels": self._padded(labels, IGNORE_INDEX),
         }
+
+    def _check_known(self, rows: Sequence[Row], wholes: Sequence[Ids]) -> None:
+        """Symbols that share the unknown token would all be right answers."""
+        unknown = self.tokenizer.unk_token_id
+        for i, ids in enumerate(wholes):
+            row = rows[i // self.queries_per_context]
+            if unknown is not None and unknown in ids and "kv_pairs" in row:
+                raise ValueError(
+                    f"the tokenizer does not know all symbols of {row['kv_pairs']}. Pass the one that was saved with "
+                    "the rows, or build_kv_tokenizer(vocab_size) of their task."
+                )
 
     def _queries(self, row: Row) -> list[tuple[str, str]]:
         own = (row["query"], row["target"])

@@ -98,3 +98,13 @@ def test_tokenizers_without_the_tokens_that_are_needed_are_refused(token, messag
     setattr(tokenizer, token, None)
     with pytest.raises(ValueError, match=message):
         PromptCollator(tokenizer, add_eos_token=True)
+
+
+@pytest.mark.parametrize("collator", [GradMemCollator, PromptCollator])
+def test_a_tokenizer_of_a_smaller_alphabet_is_refused(collator):
+    """Its unknown token would stand for several values."""
+    rows = generate_kv_dataset("N2-K1V1-V62", 20).to_list()
+    with pytest.raises(ValueError, match="does not know all symbols of .* saved with the rows"):
+        collator(build_kv_tokenizer(4), 2)(rows)
+    collator(build_kv_tokenizer(62), 2)(rows)
+    collator(build_kv_tokenizer(4))([{"context": "z", "query": "y", "target": "x"}])  # other texts may have some
