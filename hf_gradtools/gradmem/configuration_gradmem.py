@@ -121,26 +121,27 @@ class GradMemConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        return self._of_backbone("vocab_size")
+        return self._backbone.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        return self._of_backbone("hidden_size")
+        return self._backbone.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        return self._of_backbone("num_hidden_layers")
+        return self._backbone.num_hidden_layers
 
     @property
     def max_position_embeddings(self) -> int | None:
-        return self._of_backbone("max_position_embeddings")
+        return getattr(self._backbone, "max_position_embeddings", None)
 
-    def _of_backbone(self, name: str) -> Any:
+    @property
+    def _backbone(self) -> PreTrainedConfig:
         if self.base_config is None:
             raise AttributeError(
-                f"{name} is the backbone's, and base_config is None. Pass base_config=LlamaConfig(...)."
+                "base_config is None, and sizes are the backbone's. Pass base_config=LlamaConfig(...)."
             )
-        return getattr(self.get_text_config(), name)
+        return self.get_text_config()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's: it is what caches and generation are about."""

@@ -52,3 +52,21 @@ def query_positions(attention_mask: Tensor | None, read: int, tokens: int, devic
     if attention_mask is None:
         return torch.arange(read, read + tokens, device=device)[None]
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def padding_first(attention_mask: Tensor, n_prefix: int) -> Tensor:
+    """Where the entries of `[prefix, query]` go so that padding on the left stands before the prefix.
+
+    Windows, convolutions and states count slots: with padding in between, the memory would be further away.
+
+    Args:
+        attention_mask: `[N, Q]`, of the query.
+        n_prefix: P, positions before it.
+
+    Returns:
+        `[N, P + Q]`, for `gather`.
+    """
+    padding = (attention_mask != 0).int().argmax(1, keepdim=True)  # before the first token
+    places = torch.arange(n_prefix + attention_mask.shape[1], device=attention_mask.device)[None]
+    order = torch.where(places < padding, places + n_prefix, places - padding)
+    return torch.where(places < padding + n_prefix, order, places)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from .configuration_gradmem import GRAD_MODES
 from .losses import InnerPass
 
 
 Fast = tuple[Tensor, ...]
 LossFunction = Callable[[Fast, InnerPass], Tensor]  # what the fast tensors cost: `[B]` losses, each of its own row
 
-GRAD_MODES = ("none", "first", "second")
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 NORM_EPSILON = 1e-6
 
@@ -111,7 +111,12 @@ def write(
 
     Returns:
         `(fast after K steps, losses [B, K] before each step)`.
+
+    Raises:
+        ValueError: `grad_mode` is unknown.
     """
+    if grad_mode not in GRAD_MODES:
+        raise ValueError(f"grad_mode={grad_mode!r} is unknown. Pass one of {', '.join(map(repr, GRAD_MODES))}.")
     differentiable = torch.is_grad_enabled()
     if not differentiable or grad_mode == "none":
         fast = tuple(x.detach() for x in fast)
@@ -199,7 +204,8 @@ class _RecomputedStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
-        state, parameters = ctx.saved_tensors[: ctx.n_state], ctx.saved_tensors[ctx.n_state :]
+        saved = ctx.saved_tensors  # once: under checkpointing each access computes them again
+        state, parameters = saved[: ctx.n_state], saved[ctx.n_state :]
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), _replayed(*ctx.random), torch.autocast(device, dtype=dtype, enabled=enabled):
             state = _with_gradient([x.detach() for x in state])

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ MEMORY_FILE = "gradmem_memory.safetensors"
 NAMES = ("mem", "proj_weight", "proj_bias")  # of the tensors in the file
 
 
-@dataclass
+@dataclass(eq=False)
 class GradMemory(PushToHubMixin):
     """What a write makes of a batch of contexts.
 
@@ -65,10 +65,17 @@ class GradMemory(PushToHubMixin):
     def __len__(self) -> int:
         return len(self.mem)
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> "GradMemory":
-        """Some of the samples; one of them is a batch of one."""
-        rows = torch.arange(len(self))[torch.as_tensor(index) if isinstance(index, Sequence) else index].reshape(-1)
-        return self._take(rows)
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "GradMemory":
+        """Some of the samples, by number, slice, numbers or mask; one of them is a batch of one."""
+        rows = range(len(self))
+        if isinstance(index, slice):
+            return self._take(torch.tensor(rows[index], dtype=torch.long))
+        if isinstance(index, int) and not isinstance(index, bool):
+            return self._take(torch.tensor([rows[index]]))
+        chosen = torch.as_tensor(index, device="cpu")
+        if chosen.dim() != 1:
+            raise TypeError(f"a memory is indexed by a number, a slice, numbers or a mask, not by {index!r}.")
+        return self._take(torch.tensor(rows)[chosen if chosen.dtype == torch.bool else chosen.long()])
 
     def __iter__(self) -> Iterator["GradMemory"]:
         return (self[i] for i in range(len(self)))
@@ -82,8 +89,9 @@ class GradMemory(PushToHubMixin):
         return GradMemory(*(tensor.to(*args, **kwargs) for tensor in self.fast), provenance=self.provenance)
 
     @classmethod
-    def cat(cls, memories: Sequence["GradMemory"]) -> "GradMemory":
+    def cat(cls, memories: Iterable["GradMemory"]) -> "GradMemory":
         """The samples of several memories of one model, as one batch."""
+        memories = list(memories)
         if not memories:
             raise ValueError("there is no memory to put together. Pass a list of at least one.")
         shapes = {tuple(tensor.shape[1:] for tensor in memory.fast) for memory in memories}

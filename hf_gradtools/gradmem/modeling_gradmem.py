@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from peft import get_peft_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_gradmem import GradMemConfig
-from .contexts import check_ids, query_positions
+from .contexts import check_ids, padding_first, query_positions
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .memory import GradMemory
 from .phases import add_adapter, add_write_lora, keep_weights
@@ -91,7 +91,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
                 config.write_lora_target_modules,
             )
         keep_weights(backbone)
-        width = config.hidden_size
+        width = self.get_input_embeddings().weight.shape[1]  # which OPT projects to its hidden size
         self.mem = nn.Parameter(torch.empty(config.n_mem_tokens, width))
         if config.n_ctrl_tokens:
             for name in ("write_st", "write_end", "read_st", "read_end"):
@@ -99,10 +99,11 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         if config.use_mem_proj:
             self.mem_proj = nn.Linear(width, width)
         if config.use_write_head:
-            self.write_head = nn.Linear(width, config.vocab_size, bias=False)
+            width_out = self.get_output_embeddings().weight.shape[1]
+            self.write_head = nn.Linear(width_out, config.vocab_size, bias=False)
         if config.learn_inner_lr:
             self.inner_lr = nn.Parameter(torch.empty(()))
-        self._has_plain_head: bool | None = None  # not known before the first write
+        self._probed_head: tuple[nn.Module, bool] | None = None  # not known before the first write
         self.post_init()
         self._freeze()
 
@@ -199,7 +200,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         if past:  # the memory is in there
             memory = context_ids = memory_embeds = None
         else:
-            self._check_memory(memory, context_ids, memory_embeds)
+            self._check_memory(memory, context_ids, memory_embeds, K)
         if context_ids is not None:
             fast, losses = self._write(context_ids, context_attention_mask, None, K)
             memory_embeds = self._seen(fast)
@@ -224,9 +225,9 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         return GradMemOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             memory=fast[0] if fast is not None else None,
             inner_losses=losses.detach() if losses is not None else None,
         )
@@ -254,8 +255,11 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         if position_ids is None:
             position_ids = query_positions(attention_mask, read, tokens, inputs.device)
         position_ids = position_ids + self.n_prefix
+        order = None
         if attention_mask is not None:
+            order = padding_first(attention_mask, self.n_prefix)
             attention_mask = torch.cat([attention_mask.new_ones(rows, self.n_prefix), attention_mask], 1)
+            attention_mask = attention_mask.gather(1, order)
         if memory_embeds is not None:
             if rows % len(memory_embeds):
                 raise ValueError(
@@ -265,6 +269,9 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             inputs = torch.cat([*self._prefix(memory_embeds, "read", inputs), inputs], 1)
             before = torch.arange(self.n_prefix, device=inputs.device).expand(len(position_ids), -1)
             position_ids = torch.cat([before, position_ids], 1)
+            if order is not None and not bool(attention_mask[:, 0].all()):
+                inputs = inputs.gather(1, order[:, :, None].expand_as(inputs))
+                position_ids = position_ids.expand(rows, -1).gather(1, order)
         kwargs.pop("num_items_in_batch", None)  # the loss's, which is not the backbone's to take
         kept: int | Tensor = tokens if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep
         if isinstance(kept, Tensor) and not past:
@@ -287,7 +294,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         counted = (labels[:, 1:] != IGNORE_INDEX).sum()
         return share * counted / torch.as_tensor(num_items_in_batch, device=counted.device)
 
-    def _check_memory(self, memory: object, context_ids: object, memory_embeds: object) -> None:
+    def _check_memory(self, memory: object, context_ids: object, memory_embeds: object, K: int | None) -> None:
         given = [value for value in (memory, context_ids, memory_embeds) if value is not None]
         if not given:
             raise ValueError(
@@ -295,11 +302,15 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             )
         if len(given) > 1:
             raise ValueError("Pass exactly one of memory, context_ids and memory_embeds.")
+        if K is not None and context_ids is None:
+            raise ValueError(f"K={K} is for writing, and a written memory is given. Leave it out.")
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         memory: GradMemory | Tensor | None = None,
         context_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
@@ -310,6 +321,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
 
         Args:
             inputs (`Tensor`): `[N, Q]`, queries, padded on the left; also as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): how to generate.
             memory, context_ids, context_attention_mask, K: as for [`forward`](GradMemGPTForCausalLM.forward).
             **kwargs: what `generate` takes, `attention_mask` included.
 
@@ -319,7 +331,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         Raises:
             ValueError: no memory or several, or rows that do not go together.
         """
-        self._check_memory(memory, context_ids, kwargs.get("memory_embeds"))
+        self._check_memory(memory, context_ids, kwargs.get("memory_embeds"), K)
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
                 "past_key_values= is not taken: the memory comes first in the cache. Pass the whole query."
@@ -334,7 +346,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             if len(queries) % len(seen):
                 raise ValueError(f"{len(queries)} queries do not go with {len(seen)} memories; pass as many for each.")
             kwargs["memory_embeds"] = seen.repeat_interleave(len(queries) // len(seen), 0)
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int

@@ -98,7 +98,14 @@ class WritingMixin:
         ids, labels, fast = self._context(context_ids, attention_mask, memory)
         is_second = torch.is_grad_enabled() and config.grad_mode == "second"
 
+        held = list(self.parameters())
+
         def losses(fast: Fast, inner: InnerPass) -> Tensor:
+            if any(now is not then for now, then in zip(self.parameters(), held, strict=True)):
+                raise ValueError(
+                    "the parameters were exchanged between forward and backward, as torch.func.functional_call does, "
+                    "and recompute_write=True needs them again. Set config.recompute_write=False."
+                )
             settings = [*with_write_lora(self.backbone), *without_checkpointing(self.backbone)]
             settings += twice_differentiable(self.backbone) if is_second else []
             settings += [] if inner.trained else frozen(self)
@@ -114,7 +121,7 @@ class WritingMixin:
             last_k_second_order=config.last_k_second_order,
             recompute=config.recompute_write,
             keep_last_loss=config.add_inner_loss_to_outer,
-            parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+            parameters=[parameter for parameter in held if parameter.requires_grad],
         )
 
     def _optimizer(self) -> InnerOptimizer:
@@ -136,18 +143,16 @@ class WritingMixin:
         embeddings = self.get_input_embeddings()(ids)
         inputs = torch.cat([*self._prefix(self._seen(fast), "write", embeddings), embeddings], 1)
         predicting = slice(self.n_prefix - 1, -1)
-        if self.config.use_write_head:
+        if self.config.use_write_head and type(self.write_head) is nn.Linear:
             token_losses = self._head_losses(self.write_head, inputs, predicting, labels, inner)
+        elif self.config.use_write_head:  # an adapter's layer: what it gives, its weight does not tell
+            hidden = self.backbone.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, predicting]
+            token_losses = _open_losses(self.write_head(hidden), labels)
         elif self._plain_head(inputs):
             token_losses = self._head_losses(self.get_output_embeddings(), inputs, predicting, labels, inner)
         else:
             logits = self.backbone(inputs_embeds=inputs, use_cache=False).logits[:, predicting]
-            token_losses = nn.functional.cross_entropy(
-                logits.float().mT if logits.dtype != torch.float64 else logits.mT,
-                labels,
-                ignore_index=IGNORE_INDEX,
-                reduction="none",
-            )
+            token_losses = _open_losses(logits, labels)
         return token_losses.sum(1) / (labels != IGNORE_INDEX).sum(1)
 
     def _head_losses(
@@ -162,33 +167,42 @@ class WritingMixin:
 
         Some models scale or cap them. Found out once, by looking at one token on its way.
         """
-        if self._has_plain_head is None:
-            head, seen = self.get_output_embeddings(), {}
-            accelerators = [inputs.device] if inputs.device.type != "cpu" else []
-            kind = inputs.device.type if accelerators else "cuda"
-            handles = [
-                self.backbone.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0])),
-                head.register_forward_hook(lambda _, args, out: seen.update(given=args[0], logits=out)),
-            ]
-            try:
-                with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):  # as if it had not been
-                    logits = self.backbone(inputs_embeds=inputs[:1, :1].detach(), use_cache=False).logits
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._has_plain_head = (
-                type(head) is nn.Linear
-                and set(seen) == {"hidden", "given", "logits"}
-                and torch.equal(seen["given"], seen["hidden"])
-                and torch.equal(seen["logits"], logits)
-            )
-        return self._has_plain_head
+        head = self.get_output_embeddings()
+        if type(head) is not nn.Linear:  # an adapter's, or quantised
+            return False
+        if self._probed_head is None or self._probed_head[0] is not head:
+            self._probed_head = (head, self._probe(head, inputs[:1, :1].detach().clone()))
+        return self._probed_head[1]
+
+    def _probe(self, head: nn.Linear, inputs: Tensor) -> bool:
+        seen: dict[str, Tensor] = {}
+        accelerators = [inputs.device] if inputs.device.type != "cpu" else []
+        kind = inputs.device.type if accelerators else "cuda"
+        handles = [
+            self.backbone.base_model.register_forward_hook(lambda _, __, out: seen.update(hidden=out[0])),
+            head.register_forward_hook(lambda _, args, out: seen.update(given=args[0], logits=out)),
+        ]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):  # as if it had not been
+                logits = self.backbone(inputs_embeds=inputs, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return (
+            set(seen) == {"hidden", "given", "logits"}
+            and torch.equal(seen["given"], seen["hidden"])
+            and torch.equal(seen["logits"], logits)
+        )
 
     def _fast(self, memory: GradMemory | Tensor | None, rows: int | None = None) -> Fast:
         """The tensors that steps change, at least float32: steps are smaller than half types resolve."""
         if memory is None:
             fast: Sequence[Tensor] = [self.mem[None]]
             if self.config.mem_proj_mode == "per_sample":
+                if type(self.mem_proj) is not nn.Linear:
+                    raise ValueError(
+                        "mem_proj has an adapter; mem_proj_mode='per_sample' steps plain weights. Exclude it."
+                    )
                 fast = [self.mem[None], self.mem_proj.weight[None], self.mem_proj.bias[None]]
         else:
             fast = memory.fast if isinstance(memory, GradMemory) else (memory,)
@@ -201,9 +215,7 @@ class WritingMixin:
         if self.config.mem_proj_mode == "none":
             return fast[0]
         if self.config.mem_proj_mode == "proj":
-            return nn.functional.linear(
-                fast[0].to(self.mem_proj.weight.dtype), self.mem_proj.weight, self.mem_proj.bias
-            )
+            return self.mem_proj(fast[0].to(self.mem_proj.weight.dtype))
         mem, weight, bias = fast
         return torch.baddbmm(bias[:, None], mem, weight.mT)
 
@@ -235,3 +247,9 @@ class WritingMixin:
                 f"{name} has {tokens} tokens; with the memory's {self.n_prefix} positions that is past the "
                 f"{reach} of the backbone. At most {reach - self.n_prefix}: {remedy}."
             )
+
+
+def _open_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses `[B, S]` of logits as they are."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="none")
