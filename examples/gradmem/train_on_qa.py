@@ -8,9 +8,9 @@ The paragraph is dropped after the write: the question is answered from the memo
 what the answers lose with the memory of another paragraph, or with one that nothing was written to; `--prompt` trains
 the same adapters with the paragraph in the prompt, which is what a memory would have to come near to.
 
-Do not expect answers soon. stories15M on 330 questions of SQuAD, 60 steps of 4: the loss per token of an answer is 8.48
-with the memory of its paragraph, 8.43 with another one's and 8.91 with nothing written, so nothing that is special to
-the paragraph is read yet; in the prompt it is 7.57, and 8.17 with another paragraph. Neither gives one right answer.
+Do not expect answers soon. stories15M on 330 questions of SQuAD, 60 steps of 4: the loss per token of an answer is
+8.48 with the memory of its paragraph, 8.43 with another one's and 8.91 with nothing written, so nothing special
+to the paragraph is read yet; in the prompt it is 7.57, and 8.17 with another paragraph. Neither gives a right answer.
 """
 
 from __future__ import annotations
