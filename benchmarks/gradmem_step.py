@@ -77,7 +77,7 @@ class Shape:
 
 SHAPES = {
     "small": Shape(),
-    "long": Shape(context=512, batch=4),
+    "long": Shape(layers=2, context=512, batch=2),
     "vocabulary": Shape(layers=2, vocab=49152, context=64, batch=4),
 }
 SIZES = [field.name for field in fields(Shape)]
