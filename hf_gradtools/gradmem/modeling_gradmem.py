@@ -4,6 +4,7 @@ Legend: B contexts, N = B·n queries, S context tokens, Q query tokens, M memory
 around them, E hidden size, V vocabulary, K inner steps.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .configuration_gradmem import GradMemConfig
 from .contexts import check_ids, padding_first, query_positions
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .memory import GradMemory
-from .phases import add_adapter, add_write_lora, keep_weights
+from .phases import ONE_THREAD, add_adapter, add_write_lora, keep_weights
 from .writing import WritingMixin
 
 
@@ -276,15 +277,17 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         kept: int | Tensor = tokens if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep
         if isinstance(kept, Tensor) and not past:
             kept = kept + self.n_prefix
-        return self.backbone(
-            inputs_embeds=inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=False if use_cache is None and self.training else use_cache,
-            logits_to_keep=kept,
-            **kwargs,
-        )
+        # A write in another thread would take away adapters, and gradients
+        with ONE_THREAD if self.config.use_write_lora or torch.is_grad_enabled() else nullcontext():
+            return self.backbone(
+                inputs_embeds=inputs,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=False if use_cache is None and self.training else use_cache,
+                logits_to_keep=kept,
+                **kwargs,
+            )
 
     def _inner_share(self, losses: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The inner loss's part of the loss; in a batch of several, by this one's share of the labels."""

@@ -8,7 +8,7 @@ from .inner_loop import Fast
 from .losses import IGNORE_INDEX
 from .memory import GradMemory
 from .modeling_gradmem import GradMemGPTForCausalLM
-from .phases import set_for_now, with_write_lora
+from .phases import ONE_THREAD, set_for_now, with_write_lora
 
 
 class RMTForCausalLM(GradMemGPTForCausalLM):
@@ -35,7 +35,7 @@ class RMTForCausalLM(GradMemGPTForCausalLM):
             raise ValueError(f"K={K}: a recurrent memory takes no gradient steps. Leave it out.")
         ids, labels, (mem,) = self._context(context_ids, attention_mask, memory)
         length = self.config.segment_length or ids.shape[1]
-        with set_for_now(with_write_lora(self.backbone)):
+        with ONE_THREAD, set_for_now(with_write_lora(self.backbone)):
             for segment, is_token in zip(ids.split(length, 1), (labels != IGNORE_INDEX).split(length, 1), strict=True):
                 has_tokens = is_token.any(1)[:, None, None]
                 mem = torch.where(has_tokens, self._read_segment(mem, segment, is_token), mem)

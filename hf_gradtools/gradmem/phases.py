@@ -1,5 +1,6 @@
 """What is different in a backbone while it writes, and how it comes back to what it was."""
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,15 @@ from .attention import TWICE_DIFFERENTIABLE
 
 
 WRITE_ADAPTER = "write"
+ONE_THREAD = threading.RLock()  # who holds it may change settings of models, or rely on them
 
 
 @contextmanager
 def set_for_now(targets: list[tuple[object, str, object]]) -> Iterator[None]:
-    """Sets attributes `(object, name, value)`; they come back afterwards, whatever happens."""
+    """Sets attributes `(object, name, value)`; they come back afterwards, whatever happens.
+
+    Wants [`ONE_THREAD`], from the time on when the settings are made.
+    """
     before = [(target, name, getattr(target, name)) for target, name, _ in targets]
     try:
         for target, name, value in targets:

@@ -13,7 +13,15 @@ from .contexts import check_ids, packed_right
 from .inner_loop import Fast, InnerOptimizer, write
 from .losses import IGNORE_INDEX, InnerPass, linear_cross_entropy
 from .memory import GradMemory
-from .phases import check_whole, frozen, set_for_now, twice_differentiable, with_write_lora, without_checkpointing
+from .phases import (
+    ONE_THREAD,
+    check_whole,
+    frozen,
+    set_for_now,
+    twice_differentiable,
+    with_write_lora,
+    without_checkpointing,
+)
 
 
 class WritingMixin:
@@ -32,6 +40,8 @@ class WritingMixin:
         K: int | None = None,
     ) -> GradMemory:
         """Reads contexts into memories. Works under `no_grad` and in `eval()`, and gives no parameter a gradient.
+
+        Several threads can write and read at a time, but not while one trains.
 
         Args:
             context_ids (`Tensor`): `[B, S]`.
@@ -69,7 +79,7 @@ class WritingMixin:
         What a write lowers; no step is taken. The arguments are those of [`write`](GradMemGPTForCausalLM.write).
         """
         ids, labels, fast = self._context(context_ids, attention_mask, memory)
-        with set_for_now(with_write_lora(self.backbone)):
+        with ONE_THREAD, set_for_now(with_write_lora(self.backbone)):
             return self._context_losses(fast, InnerPass(), ids, labels)
 
     def _write(
@@ -106,12 +116,15 @@ class WritingMixin:
                     "the parameters were exchanged between forward and backward, as torch.func.functional_call does, "
                     "and recompute_write=True needs them again. Set config.recompute_write=False."
                 )
-            settings = [*with_write_lora(self.backbone), *without_checkpointing(self.backbone)]
-            settings += twice_differentiable(self.backbone) if is_second else []
-            settings += [] if inner.trained else frozen(self)
-            with set_for_now(settings):
-                return self._context_losses(fast, inner, ids, labels)
+            with ONE_THREAD:
+                settings = [*with_write_lora(self.backbone), *without_checkpointing(self.backbone)]
+                settings += twice_differentiable(self.backbone) if is_second else []
+                settings += [] if inner.trained else frozen(self)
+                with set_for_now(settings):
+                    return self._context_losses(fast, inner, ids, labels)
 
+        with ONE_THREAD:
+            trained = [parameter for parameter in held if parameter.requires_grad]
         return write(
             fast,
             losses,
@@ -121,7 +134,7 @@ class WritingMixin:
             last_k_second_order=config.last_k_second_order,
             recompute=config.recompute_write,
             keep_last_loss=config.add_inner_loss_to_outer,
-            parameters=[parameter for parameter in held if parameter.requires_grad],
+            parameters=trained,
         )
 
     def _optimizer(self) -> InnerOptimizer:

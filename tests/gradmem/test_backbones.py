@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,3 +176,24 @@ def test_a_memory_is_indexed_as_a_list():
 def test_auto_classes_know_both_kinds():
     made = GradMemConfig(base_config=LLAMA)
     assert isinstance(AutoModelForCausalLM.from_config(made), GradMemGPTForCausalLM)
+
+
+def test_threads_that_write_and_read_do_not_disturb_each_other():
+    model = build(LLAMA, K=2, use_write_lora=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    wanted = model.write(CONTEXT, MASK)
+    logits = model(QUERY, memory=wanted).logits.detach()
+
+    def work(number):
+        for _ in range(5):
+            if number % 2:
+                torch.testing.assert_close(model.write(CONTEXT, MASK).mem, wanted.mem)
+            else:
+                torch.testing.assert_close(model(QUERY, memory=wanted).logits, logits)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
