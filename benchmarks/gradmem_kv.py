@@ -102,26 +102,26 @@ def finished(results: Path) -> list[dict[str, Any]]:
 
 
 def tables(records: list[dict[str, Any]]) -> str:
-    """Exact match of each setting's best evaluations by generation, and the last one by teacher forcing beside it."""
+    """Exact match of each setting's best evaluations, and beside it by generation, and of the last ones."""
     parts = []
     for name in SETTINGS:
         if rows := [record for record in records if record["cell"]["setting"] == name]:
-            parts += [f"### {name}", accuracy_table(rows, "generated_exact_match"), details(rows)]
+            parts += [f"### {name}", accuracy_table(rows), details(rows)]
     return "\n\n".join(parts)
 
 
 def details(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | seed | task | best | at step | last | at step | wrong context | guess | contexts seen | CPU s |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | seed | task | best | generated | at step | last | at step | wrong context | guess | contexts seen | CPU s |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in sorted(records, key=lambda r: (r["num_pairs"], label_of(r), r["seed"])):
         seen = "" if r["seen_contexts"] is None else f"{r['seen_contexts']:.3f}"
-        figures = (r["metrics"]["generated_exact_match"], r["stages"][-1]["exact_match"])
+        best = f"{r['metrics']['exact_match']:.3f} | {r['metrics']['generated_exact_match']:.3f} | {r['best_step']}"
+        last = f"{r['stages'][-1]['exact_match']:.3f} | {r['steps']}"
         checks = f"{r['wrong_context_exact_match']:.3f} | {r['chance']:.3f} | {seen}"
         lines.append(
-            f"| {label_of(r)} | {r['seed']} | {r['task']} | {figures[0]:.3f} | {r['best_step']} | {figures[1]:.3f} "
-            f"| {r['steps']} | {checks} | {r['cpu_seconds']:.0f} |"
+            f"| {label_of(r)} | {r['seed']} | {r['task']} | {best} | {last} | {checks} | {r['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 

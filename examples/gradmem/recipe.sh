@@ -27,4 +27,4 @@ for seed in $seeds; do
   run none "$seed" --grad_mode none
   run vanilla "$seed" --vanilla
 done
-hf-gradtools gradmem plot --results "$out"/*-* --metric generated_exact_match
+hf-gradtools gradmem plot --results "$out"/*-*
