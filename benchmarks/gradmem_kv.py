@@ -112,7 +112,7 @@ def tables(records: list[dict[str, Any]]) -> str:
 
 def details(records: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | seed | task | best | generated | at step | last | at step | wrong context | guess | contexts seen | CPU s |",
+        "| run | seed | task | best | generated | at step | last | at step | wrong context | guess | seen | CPU s |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in sorted(records, key=lambda r: (r["num_pairs"], label_of(r), r["seed"])):
