@@ -33,10 +33,10 @@ def twice_differentiable_attention(
     Args:
         query: `[N, H, S, D]`.
         key, value: `[N, H, T, D]`.
-        mask: `[N or 1, H or 1, S, T]`, True where a query may look, or what is added to the scores; a constant.
+        mask: `[N or 1, H or 1, S, T]`, True where a query may look, or what is added to the scores.
         scaling: of the scores, default D^(-1/2).
         is_causal: whether query s sees keys 0…s only; not together with a mask.
-        dropout: share of the weights that are dropped; then they are kept after all.
+        dropout: share of the weights that are dropped. With it, or a mask that is learned, weights are kept after all.
 
     Returns:
         `[N, H, S, D]`. The gradient costs as much as open attention's, the second derivative twelve products of
@@ -47,7 +47,8 @@ def twice_differentiable_attention(
         mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    if dropout == 0:
+    is_constant = mask is None or not mask.requires_grad
+    if dropout == 0 and is_constant:
         return _Attention.apply(query, key, value, mask, scaling)
     scores = query @ key.mT * scaling
     weights = (scores if mask is None else scores + mask).softmax(-1)

@@ -1,6 +1,7 @@
 """Configuration of a causal LM with a memory that is written by gradient steps."""
 
 import copy
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -43,7 +44,7 @@ class GradMemConfig(PreTrainedConfig):
         add_inner_loss_to_outer (`bool`): adds `inner_loss_weight` times the inner loss at the last step to the loss.
         inner_loss_weight (`float`): see above.
         recompute_write (`bool`): in "second" mode, keep the graph of one inner step instead of K, and compute the
-            others again in the backward pass. Same gradients.
+            others again in the backward pass. Same gradients, if modes and adapters are then as they were.
         backbone_adapter (`dict`, *optional*): the PEFT configuration of the adapter that the backbone came with.
 
     Raises:
@@ -57,25 +58,25 @@ class GradMemConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     n_mem_tokens: int = 8
     K: int = 1
-    inner_lr: float = 0.04
+    inner_lr: float | int = 0.04
     learn_inner_lr: bool = False
     use_adam: bool = False
     grad_mode: str = "second"
     last_k_second_order: int | None = None
     n_ctrl_tokens: int = 0
-    inner_clip_value: float | None = None
-    inner_clip_norm: float | None = None
+    inner_clip_value: float | int | None = None
+    inner_clip_norm: float | int | None = None
     use_mem_proj: bool = False
     mem_proj_mode: str = "none"
     use_write_head: bool = False
     use_write_lora: bool = False
     write_lora_r: int = 8
-    write_lora_alpha: int = 16
-    write_lora_dropout: float = 0.0
-    write_lora_target_modules: list[str] | str | None = None
+    write_lora_alpha: float | int = 16
+    write_lora_dropout: float | int = 0.0
+    write_lora_target_modules: list[str] | tuple[str, ...] | str | None = None
     freeze_backbone: bool = False
     add_inner_loss_to_outer: bool = False
-    inner_loss_weight: float = 0.5
+    inner_loss_weight: float | int = 0.5
     recompute_write: bool = True
     backbone_adapter: dict | None = None
     initializer_range: float = 0.02
@@ -92,6 +93,13 @@ class GradMemConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_values()
 
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedConfig.from_dict`, which sets what it is given besides after all checks: they are made again."""
+        loaded = super().from_dict(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_values()
+        return loaded
+
     def validate_values(self) -> None:
         """ValueError if a value is unknown, out of range, or contradicts another."""
         _check_choice("grad_mode", self.grad_mode, GRAD_MODES)
@@ -99,12 +107,16 @@ class GradMemConfig(PreTrainedConfig):
         for name, least in (("n_mem_tokens", 1), ("K", 0), ("n_ctrl_tokens", 0), ("write_lora_r", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if not 0 <= self.inner_loss_weight < math.inf:
+            raise ValueError(f"inner_loss_weight={self.inner_loss_weight} must be at least 0 and finite.")
         if not 0 <= self.write_lora_dropout < 1:
             raise ValueError(f"write_lora_dropout={self.write_lora_dropout} must be at least 0 and below 1.")
         for name in ("inner_lr", "inner_clip_value", "inner_clip_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive" + (", or None." if name != "inner_lr" else "."))
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name}={value} must be positive and finite" + (", or None." if name != "inner_lr" else ".")
+                )
         if self.use_mem_proj != (self.mem_proj_mode != "none"):
             raise ValueError(
                 f"use_mem_proj={self.use_mem_proj} contradicts mem_proj_mode={self.mem_proj_mode!r}. Pass "

@@ -7,7 +7,11 @@ from .losses import IGNORE_INDEX
 
 
 def check_ids(name: str, ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """ValueError if ids are no batch of rows, or a mask is not of their shape."""
+    """ValueError if ids are no batch of rows, or a mask is not of their shape; TypeError if they are no tensor."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"{name} is a {type(ids).__name__}; pass a tensor [rows, tokens], as tokenizers return with 'pt'."
+        )
     if ids.dim() != 2:
         raise ValueError(f"{name} has the shape {tuple(ids.shape)}; it must be [rows, tokens]. Pass {name}[None].")
     if attention_mask is not None and attention_mask.shape != ids.shape:

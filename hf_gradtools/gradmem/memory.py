@@ -1,5 +1,6 @@
 """A batch of written memories: tensors and where they come from, saved and shared like a model."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,7 +103,7 @@ class GradMemory(PushToHubMixin):
 
     def _take(self, rows: Tensor) -> "GradMemory":
         fast = [tensor[rows.to(tensor.device)] for tensor in self.fast]
-        return GradMemory(*fast, provenance=[self.provenance[i] for i in rows.tolist()])
+        return GradMemory(*fast, provenance=[copy.deepcopy(self.provenance[i]) for i in rows.tolist()])
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes `gradmem_memory.safetensors`, which appears whole or not at all, and a card.
@@ -117,7 +118,8 @@ class GradMemory(PushToHubMixin):
         temporary = folder / f".{MEMORY_FILE}.{os.getpid()}"
         save_file(tensors, temporary, metadata={"format": "pt", "provenance": json.dumps(self.provenance)})
         os.replace(temporary, folder / MEMORY_FILE)
-        self._card().save(folder / "README.md")
+        if not (folder / "README.md").exists():  # else it may be somebody's own
+            self._card().save(folder / "README.md")
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "GradMemory":
@@ -129,16 +131,22 @@ class GradMemory(PushToHubMixin):
 
         Raises:
             OSError: there is no memory.
+            ValueError: the file is none of a memory.
         """
         path = cached_file(pretrained_name_or_path, MEMORY_FILE, **kwargs)
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            provenance = json.loads(file.metadata()["provenance"])
+            metadata = file.metadata() or {}
+        if "provenance" not in metadata:
+            raise ValueError(
+                f"{path} does not tell where its tensors are from. Pass what GradMemory.save_pretrained wrote."
+            )
+        provenance = json.loads(metadata["provenance"])
         return cls(**tensors, provenance=provenance)
 
     def _card(self) -> ModelCard:
         samples, vectors, width = self.mem.shape
-        models = sorted({str(entry["model"]) for entry in self.provenance})
+        models = sorted({entry["model"] or "a model without a name" for entry in self.provenance})
         data = ModelCardData(library_name="hf_gradtools", tags=["gradmem", "memory"])
         tokens = sum(write["tokens"] for entry in self.provenance for write in entry["writes"])
         lines = [f"| {i} | {_describe(entry['writes'])} |" for i, entry in enumerate(self.provenance[:20])]

@@ -71,6 +71,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
     """
 
     def __init__(self, config: GradMemConfig, backbone: PreTrainedModel | None = None):
+        config.validate_values()  # what was set since it was made
         super().__init__(config)
         if backbone is None:
             if config.base_config is None:

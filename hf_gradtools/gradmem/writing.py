@@ -36,7 +36,7 @@ class WritingMixin:
         self,
         context_ids: Tensor,
         attention_mask: Tensor | None = None,
-        memory: GradMemory | None = None,
+        memory: GradMemory | Tensor | None = None,
         K: int | None = None,
     ) -> GradMemory:
         """Reads contexts into memories. Works under `no_grad` and in `eval()`, and gives no parameter a gradient.
@@ -56,6 +56,7 @@ class WritingMixin:
         Raises:
             ValueError: K < 0, a context without tokens or longer than the positions reach, a memory that does not fit.
         """
+        memory = GradMemory(memory) if isinstance(memory, Tensor) else memory
         with torch.no_grad():
             fast, losses = self._write(context_ids, attention_mask, memory, K)
         rate = float(torch.as_tensor(self._optimizer().learning_rate).detach())
@@ -82,6 +83,7 @@ class WritingMixin:
         with ONE_THREAD, set_for_now(with_write_lora(self.backbone)):
             return self._context_losses(fast, InnerPass(), ids, labels)
 
+    @torch.compiler.disable  # it would leave out the gradients of gradients; the backbone itself can be compiled
     def _write(
         self,
         context_ids: Tensor,
@@ -90,6 +92,7 @@ class WritingMixin:
         K: int | None,
     ) -> tuple[Fast, Tensor]:
         """What [`inner_loop.write`] makes of a batch of contexts."""
+        check_ids("context_ids", context_ids, attention_mask)
         is_differentiable = torch.is_grad_enabled()
         if is_differentiable:
             check_whole(self)
@@ -116,15 +119,14 @@ class WritingMixin:
                     "the parameters were exchanged between forward and backward, as torch.func.functional_call does, "
                     "and recompute_write=True needs them again. Set config.recompute_write=False."
                 )
-            with ONE_THREAD:
-                settings = [*with_write_lora(self.backbone), *without_checkpointing(self.backbone)]
-                settings += twice_differentiable(self.backbone) if is_second else []
-                settings += [] if inner.trained else frozen(self)
-                with set_for_now(settings):
-                    return self._context_losses(fast, inner, ids, labels)
+            with ONE_THREAD, set_for_now(settings if inner.trained else [*settings, *freezing]):
+                return self._context_losses(fast, inner, ids, labels)
 
-        with ONE_THREAD:
+        with ONE_THREAD:  # once for all steps: these walk through all modules
             trained = [parameter for parameter in held if parameter.requires_grad]
+            settings = [*with_write_lora(self.backbone), *without_checkpointing(self.backbone)]
+            settings += twice_differentiable(self.backbone) if is_second else []
+            freezing = frozen(self)
         return write(
             fast,
             losses,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -17,9 +18,11 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from hf_gradtools import GradMemConfig, GradMemGPTForCausalLM, GradMemory, NanoGPTConfig
+from hf_gradtools import GradMemConfig, GradMemGPTForCausalLM, GradMemory, NanoGPTConfig, get_gradmem_model
 
 
 SIZES = {"vocab_size": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -197,3 +200,66 @@ def test_threads_that_write_and_read_do_not_disturb_each_other():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_learned_biases_of_attention_get_their_gradients():
+    sizes = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    config = NanoGPTConfig(**sizes, use_fire_embeddings=True, use_rotary_embeddings=False)
+    grads = []
+    for implementation in ("sdpa", "eager"):
+        model = build(config)
+        model.set_attn_implementation(implementation)
+        model(context_ids=CONTEXT, input_ids=QUERY, labels=QUERY).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "bias" in n]))
+    assert grads[1].abs().sum() > 0
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_a_compiled_model_has_the_same_gradients():
+    batch = {"context_ids": CONTEXT, "input_ids": QUERY, "labels": QUERY}
+    model = build(LLAMA, K=2)
+    model(**batch).loss.backward()
+    wanted = model.mem.grad.clone()
+    model.zero_grad()
+    torch.compile(model, backend="eager")(**batch).loss.backward()
+    torch.testing.assert_close(model.mem.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_set_while_loading_is_checked(tmp_path):
+    GradMemConfig(base_config=LLAMA).save_pretrained(tmp_path)
+    assert GradMemConfig.from_pretrained(tmp_path, K=3).K == 3
+    with pytest.raises(ValueError, match="K=-2 must be at least 0"):
+        GradMemConfig.from_pretrained(tmp_path, K=-2)
+    config = GradMemConfig(base_config=LLAMA, inner_lr=4, write_lora_target_modules=("q_proj",))
+    config.n_mem_tokens = 0
+    with pytest.raises(ValueError, match="n_mem_tokens=0"):
+        GradMemGPTForCausalLM(config)
+
+
+def test_only_causal_models_are_wrapped():
+    encoder_decoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    for model in (encoder_decoder, build(LLAMA), torch.nn.Linear(2, 2), build(LLAMA).backbone.model):
+        with pytest.raises(ValueError, match="pass a causal LM"):
+            get_gradmem_model(model, GradMemConfig())
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="modules_to_save"):
+        get_gradmem_model(get_peft_model(build(LLAMA).backbone, lora), GradMemConfig())
+
+
+def test_memories_that_are_shared_keep_their_own_story(tmp_path):
+    model = build(LLAMA)
+    memory = model.write(CONTEXT, MASK)
+    copies = memory.repeat_interleave(2)
+    copies.provenance[0]["writes"].clear()
+    assert len(copies.provenance[1]["writes"]) == len(memory.provenance[0]["writes"]) == 1
+    memory.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    memory.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    save_file({"mem": memory.mem}, tmp_path / "gradmem_memory.safetensors")
+    with pytest.raises(ValueError, match="where its tensors are from"):
+        GradMemory.from_pretrained(tmp_path)
+    again = model.write(CONTEXT, MASK, memory=memory.mem)
+    torch.testing.assert_close(again.mem, model.write(CONTEXT, MASK, memory=memory).mem)
