@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -178,8 +179,10 @@ def _table(
     parent: int | None = None,
 ) -> pa.Table:
     """The rows of a block; `parent` is the process that a worker makes them for."""
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)  # it was killed, and its pool would keep this worker for ever
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all; the parent ends its workers
+        if os.getppid() != parent:
+            os._exit(1)  # it was killed, and its pool would keep this worker for ever
     (block,) = batch["block"]
     return block_table(config, seed, block, split)[: num_rows - block * BLOCK_ROWS]
 

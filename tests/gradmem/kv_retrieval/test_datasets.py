@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -124,6 +125,36 @@ def test_workers_of_a_killed_process_end_too(tmp_path, monkeypatch):
     finally:
         for other in set(others) - set(workers):  # what `datasets` passes results through stays
             os.kill(int(other), signal.SIGKILL)
+
+
+@pytest.mark.timeout(60)
+def test_workers_leave_an_interrupt_to_their_parent(tmp_path, monkeypatch):
+    """Ctrl-C in a terminal reaches all of them: each would say so in a traceback of its own."""
+    said, places = tmp_path / "said", tmp_path / "places"
+
+    def slow(*arguments):
+        (places / str(os.getpid())).touch()
+        time.sleep(0.1)
+        return generate.block_table(*arguments)
+
+    def interrupted():
+        os.setsid()
+        with open(said, "w", buffering=1) as sys.stderr:
+            try:
+                generate_kv_dataset(NAME, 100_000, num_proc=2)
+            except KeyboardInterrupt:
+                os._exit(9)
+
+    places.mkdir()
+    monkeypatch.setattr(dataset, "block_table", slow)
+    process = multiprocessing.get_context("fork").Process(target=interrupted)
+    process.start()
+    while len(os.listdir(places)) < 2:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 9
+    assert "Traceback" not in said.read_text()
 
 
 def test_an_error_leaves_nothing(tmp_path, monkeypatch):
