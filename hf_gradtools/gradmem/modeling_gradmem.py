@@ -197,7 +197,7 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
         if input_ids is not None:
             check_ids("input_ids", input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        past = _cached(past_key_values)
         fast = losses = None
         if past:  # the memory is in there
             memory = context_ids = memory_embeds = None
@@ -219,6 +219,8 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
             logits_to_keep,
             **kwargs,
         )
+        if past_key_values is not None and use_cache is not False and _cached(past_key_values) == past:
+            raise ValueError(f"a {type(self.backbone).__name__} keeps no cache of what it read. Pass use_cache=False.")
         loss = None
         if labels is not None:
             loss = causal_lm_loss(outputs.logits, labels, kwargs.get("num_items_in_batch"))
@@ -364,6 +366,11 @@ class GradMemGPTForCausalLM(WritingMixin, GradMemPreTrainedModel, GenerationMixi
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask of padding as it is: the backbone makes its own of it, with the memory before it."""
         return attention_mask
+
+
+def _cached(cache: Cache | None) -> int:
+    """Positions in a cache."""
+    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 __all__ = ["GradMemGPTForCausalLM", "GradMemOutput", "GradMemPreTrainedModel"]

@@ -16,7 +16,9 @@ from transformers import (
     Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -263,3 +265,23 @@ def test_memories_that_are_shared_keep_their_own_story(tmp_path):
         GradMemory.from_pretrained(tmp_path)
     again = model.write(CONTEXT, MASK, memory=memory.mem)
     torch.testing.assert_close(again.mem, model.write(CONTEXT, MASK, memory=memory).mem)
+
+
+CACHELESS = {
+    "gpt": OpenAIGPTConfig(n_embd=16, n_layer=1, n_head=2, **SIZES),
+    "mamba": MambaConfig(**LAYERS, **SIZES),
+}
+
+
+@pytest.mark.parametrize("name", CACHELESS)
+def test_backbones_that_keep_no_positions_generate_without_a_cache(name):
+    model = build(CACHELESS[name])
+    options = {"memory": model.write(CONTEXT[:1]), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    message = {"gpt": "keeps no cache of what it read. Pass use_cache=False", "mamba": "get_seq_length"}[name]
+    with pytest.raises(ValueError, match=message):
+        model.generate(QUERY[:1], **options)
+    logits = model(QUERY[:1], memory=options["memory"]).logits[0, -1]
+    logits[2] = -torch.inf  # no end yet
+    given = model.generate(QUERY[:1], use_cache=False, **options)
+    assert given.shape == (1, 7)
+    assert given[0, 4] == logits.argmax()

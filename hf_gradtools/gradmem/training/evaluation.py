@@ -32,7 +32,9 @@ class Means:
         self.weights: dict[str, float] = defaultdict(float)
 
     def add(self, name: str, mean: float | Tensor, weight: int) -> None:
-        """Adds `weight` values of a mean."""
+        """Adds `weight` values of a mean; one of none, which is no number, adds nothing."""
+        if weight == 0:
+            return
         self.sums[name] += float(mean) * weight
         self.weights[name] += weight
 
