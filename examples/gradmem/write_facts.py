@@ -7,6 +7,9 @@ A pretrained model cannot read a memory that gradient steps have changed: it lea
 has a red ball.", by LoRA adapters, or with `--frozen` by adapters that are there for writing alone. The sentences of
 one name and one colour in four are kept out of training; how many of these the model answers is what is printed, and
 as a check how many with the memory of other facts.
+
+It takes time: stories15M, after 150 steps of 8 contexts, answers 0.50 of them (0.09 from other facts; a guess would be
+0.125), that is one fact of the two in a context. Key-value retrieval stays there for a while too before it gets better.
 """
 
 from __future__ import annotations
@@ -113,11 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="a causal LM: folder or Hub id")
     parser.add_argument("--out", type=Path, default=Path("out/facts"), help="folder of model and memory")
-    parser.add_argument("--text", default="Tom has a red ball. Lily has a blue ball. Ben has a green ball.")
+    parser.add_argument("--text", default="Tom has a red ball. Lily has a blue ball.")
     parser.add_argument("--frozen", action="store_true", help="leave the reading model as it is")
-    parser.add_argument("--facts", type=int, default=3, help="in each context of the training")
+    parser.add_argument("--facts", type=int, default=2, help="in each context of the training")
     parser.add_argument("--K", type=int, default=2, help="gradient steps of a write")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

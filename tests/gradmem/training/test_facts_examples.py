@@ -45,7 +45,7 @@ def test_facts_are_written_saved_and_asked_for_in_another_process(frozen, pretra
     assert "of facts kept out of training" in said
     memory = GradMemory.from_pretrained(tmp_path / "memory")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["use_write_lora"] == frozen
-    assert [write["tokens"] for write in memory.provenance[0]["writes"]] == [18]
+    assert [write["tokens"] for write in memory.provenance[0]["writes"]] == [12]
     if not frozen:
         answer = [sys.executable, str(EXAMPLES / "answer_from_memory.py"), str(tmp_path), "Tom has a", "Ben has a"]
         done = subprocess.run(answer, capture_output=True, text=True, timeout=100, check=True)
