@@ -9,7 +9,7 @@ one name and one colour in four are kept out of training; how many of these the 
 as a check how many with the memory of other facts.
 
 It takes time: stories15M, after 150 steps of 8 contexts, answers 0.50 of them (0.09 from other facts; a guess would be
-0.125), that is one fact of the two in a context. Key-value retrieval stays there for a while too before it gets better.
+0.125), that is one fact of the two in a context. Key-value retrieval stays there for a while, too, before it improves.
 """
 
 from __future__ import annotations
