@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A memory that stores two pairs by one gradient step, in minutes on a CPU: second order learns it, first order and none
-# do not, and the same model with the context in its prompt does.
+# do not, and the same model with the context in its prompt does so more slowly.
 #
 #   examples/gradmem/recipe.sh [folder] [seed ...]
 set -euo pipefail
@@ -18,7 +18,7 @@ run() {
     --base_model llama --n_embd 64 --n_layer 2 --n_head 4 --queries_per_context 2 \
     --n_mem_tokens 4 --K 1 --inner_lr 4.0 --learn_inner_lr --inner_lr_multiplier 20 --use_write_head \
     --learning_rate 2e-3 --warmup_steps 50 --adam_beta2 0.99 --per_device_batch_size 32 \
-    --max_steps 1200 --eval_steps 50 --eval_rows 500 --logging_steps 50 "$@"
+    --max_steps 1500 --eval_steps 50 --eval_rows 500 --logging_steps 50 "$@"
 }
 
 for seed in $seeds; do
