@@ -148,8 +148,8 @@ def test_the_whole_model_can_be_checkpointed():
 
 def test_options_that_change_are_checked_when_they_are_used():
     model = build(LLAMA)
-    model.config.grad_mode = "frist"
-    with pytest.raises(ValueError, match="grad_mode='frist' is unknown"):
+    model.config.grad_mode = "fourth"
+    with pytest.raises(ValueError, match="grad_mode='fourth' is unknown"):
         model.write(CONTEXT, MASK)
     model.config.grad_mode = "first"
     with pytest.raises(ValueError, match="K=3 is for writing"):
