@@ -3,17 +3,17 @@
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import PushToHubMixin
 from transformers.utils.hub import cached_file
 
 
@@ -22,7 +22,7 @@ NAMES = ("mem", "proj_weight", "proj_bias")  # of the tensors in the file
 
 
 @dataclass(eq=False)
-class GradMemory(PushToHubMixin):
+class GradMemory:
     """What a write makes of a batch of contexts.
 
     ```python
@@ -105,12 +105,11 @@ class GradMemory(PushToHubMixin):
         fast = [tensor[rows.to(tensor.device)] for tensor in self.fast]
         return GradMemory(*fast, provenance=[copy.deepcopy(self.provenance[i]) for i in rows.tolist()])
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `gradmem_memory.safetensors`, which appears whole or not at all, and a card.
 
         Args:
             save_directory: folder; made if absent.
-            **kwargs: what `push_to_hub` passes along; not used.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +119,33 @@ class GradMemory(PushToHubMixin):
         os.replace(temporary, folder / MEMORY_FILE)
         if not (folder / "README.md").exists():  # else it may be somebody's own
             self._card().save(folder / "README.md")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload memory",
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, the card with this memory's figures included.
+
+        Args:
+            repo_id: on the Hub; made if absent.
+            private: whether a new one is private.
+            token, revision, commit_message, create_pr: as for `HfApi.upload_folder`.
+
+        Returns:
+            the commit's address.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            options = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "GradMemory":
