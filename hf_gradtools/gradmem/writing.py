@@ -110,7 +110,6 @@ class WritingMixin:
             raise ValueError(f"K={steps} must be at least 0: it is the number of gradient steps.")
         ids, labels, fast = self._context(context_ids, attention_mask, memory)
         is_second = torch.is_grad_enabled() and config.grad_mode == "second"
-
         held = list(self.parameters())
 
         def losses(fast: Fast, inner: InnerPass) -> Tensor:
@@ -158,11 +157,8 @@ class WritingMixin:
         embeddings = self.get_input_embeddings()(ids)
         inputs = torch.cat([*self._prefix(self._seen(fast), "write", embeddings), embeddings], 1)
         predicting = slice(self.n_prefix - 1, -1)
-        if self.config.use_write_head and type(self.write_head) is nn.Linear:
+        if self.config.use_write_head:
             token_losses = self._head_losses(self.write_head, inputs, predicting, labels, inner)
-        elif self.config.use_write_head:  # an adapter's layer: what it gives, its weight does not tell
-            hidden = self.backbone.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, predicting]
-            token_losses = _open_losses(self.write_head(hidden), labels)
         elif self._plain_head(inputs):
             token_losses = self._head_losses(self.get_output_embeddings(), inputs, predicting, labels, inner)
         else:
@@ -171,9 +167,11 @@ class WritingMixin:
         return token_losses.sum(1) / (labels != IGNORE_INDEX).sum(1)
 
     def _head_losses(
-        self, head: nn.Linear, inputs: Tensor, predicting: slice, labels: Tensor, inner: InnerPass
+        self, head: nn.Module, inputs: Tensor, predicting: slice, labels: Tensor, inner: InnerPass
     ) -> Tensor:
         hidden = self.backbone.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, predicting]
+        if type(head) is not nn.Linear:  # an adapter's layer: what it gives, its weight does not tell
+            return _open_losses(head(hidden), labels)
         losses = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, inner)
         return losses.view(labels.shape)
 
