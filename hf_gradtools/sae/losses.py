@@ -1,0 +1,91 @@
+"""The terms of an autoencoder's loss, as pure functions. N tokens, D = `d_in`, F = `d_sae`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_gradtools.sae.selection import top_k
+from hf_gradtools.sae.sparse import SparseLatents, SparsePattern, decode, linear_at
+
+
+__all__ = ["auxk_loss", "fraction_of_variance_unexplained", "gate_loss", "l1_penalty", "prefix_reconstructions"]
+
+
+def fraction_of_variance_unexplained(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """‖x − x̂‖² over ‖x − mean(x)‖², summed over tokens: 0 is perfect, 1 no better than the mean.
+
+    Args:
+        x (`Tensor`): `[N, D]`.
+        reconstruction (`Tensor`): `[N, D]`.
+    """
+    x, reconstruction = x.detach().float(), reconstruction.detach().float()
+    return (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+
+
+def l1_penalty(latents: SparseLatents, W_dec: Tensor) -> Tensor:
+    """The sum of a token's latents, each times the norm of what it writes; mean over tokens."""
+    values = latents.values * W_dec.norm(dim=1).to(latents.values.dtype)[latents.indices]
+    return values.sum() / latents.pattern.num_tokens
+
+
+def gate_loss(x: Tensor, gates: SparseLatents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Mean squared error of reconstructing by the gates alone, which teaches gates but not the decoder.
+
+    Source:
+        [Gated Sparse Autoencoders](https://arxiv.org/abs/2404.16014), equation 8, last term.
+    """
+    return F.mse_loss(decode(gates.values, W_dec.detach(), gates.pattern) + b_dec.detach(), x)
+
+
+def auxk_loss(residual: Tensor, x: Tensor, weights: Mapping[str, Tensor], dead: Tensor, k: int) -> Tensor:
+    """Mean squared error of dead features' model of what the living ones leave over, so that they learn again.
+
+    Of each token the k dead features with the largest pre-activations take part, as they are: without a ReLU also a
+    feature that is negative on every token gets a gradient.
+
+    Args:
+        residual (`Tensor`): `[N, D]`, the error of the reconstruction; taken as given.
+        x (`Tensor`): `[N, D]`, centred hidden states.
+        weights (`Mapping[str, Tensor]`): `W_enc`, `b_enc`, `W_dec`.
+        dead (`Tensor`): `[F]` bool, at least one of them true.
+        k (`int`): features of each token, at most; fewer dead ones count for less.
+
+    Source:
+        [Scaling and evaluating sparse autoencoders](https://arxiv.org/abs/2406.04093), appendix A.2.
+    """
+    chosen = dead.nonzero().squeeze(1)
+    W_enc, b_enc, W_dec = (weights[name][chosen] for name in ("W_enc", "b_enc", "W_dec"))
+    taken = min(k, chosen.numel())
+    with torch.no_grad():
+        values, indices = _largest(torch.addmm(b_enc, x, W_enc.T), taken)
+    pattern = SparsePattern.of_rows(indices, chosen.numel())
+    values = linear_at(x, W_enc, b_enc, pattern, values.reshape(-1))
+    return F.mse_loss(decode(values, W_dec, pattern), residual.detach()) * (taken / k)
+
+
+def prefix_reconstructions(
+    latents: SparseLatents, W_dec: Tensor, b_dec: Tensor, widths: Sequence[int]
+) -> Iterator[Tensor]:
+    """What the first features reconstruct alone, for each of rising widths, at the cost of one decode.
+
+    Source:
+        [Learning Multi-Level Features with Matryoshka Sparse Autoencoders](https://arxiv.org/abs/2503.17547).
+    """
+    reconstruction, start = b_dec, 0
+    for width in widths:
+        chosen = (latents.indices >= start) & (latents.indices < width)
+        part = decode(latents.values[chosen], W_dec, latents.pattern.select(chosen))
+        reconstruction, start = reconstruction + part, width
+        yield reconstruction
+
+
+def _largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row; also negative ones in their order, which [`top_k`] leaves open."""
+    if k == pre.shape[1]:
+        return pre, torch.arange(k, device=pre.device).expand(pre.shape)
+    values, indices = top_k(pre, k)
+    return (values, indices) if bool((values > 0).all()) else tuple(pre.topk(k, sorted=False))
