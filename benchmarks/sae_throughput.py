@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,6 @@ class Variant:
 VARIANTS = {
     "**ours** topk": Variant("ours", "hf_gradtools"),
     BASELINE: Variant("saelens", "sae_lens"),
-    "SAELens topk, sparse activations": Variant("saelens", "sae_lens", "topk_sparse", in_fvu=False),
     "SAELens jumprelu": Variant("saelens", "sae_lens", "jumprelu", in_fvu=False),
     "sparsify topk": Variant("sparsify", "sparsify"),
     "dictionary_learning topk": Variant("dictionary_learning", "dictionary_learning"),
@@ -94,7 +94,9 @@ class Runner:
             command, cwd=HERE, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
         )
         if process.returncode:
-            self._leave_out(name, (process.stderr.strip() or "no output").splitlines()[-1])
+            lines = process.stderr.strip().splitlines() or ["no output"]
+            errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+            self._leave_out(name, (errors or lines)[-1])
             return None
         result = json.loads(process.stdout.strip().splitlines()[-1])
         self.versions.add(result["version"])

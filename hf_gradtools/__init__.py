@@ -13,15 +13,16 @@ from hf_gradtools._registration import install
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
+    "ActivationStore": "hf_gradtools.sae",
     "GhostDotProd": "hf_gradtools.ghost",
     "GhostDotProdCallback": "hf_gradtools.ghost",
     "GhostDotProdConfig": "hf_gradtools.ghost",
-    "GradProjCallback": "hf_gradtools.ghost",
-    "GradProjConfig": "hf_gradtools.ghost",
-    "GradProjector": "hf_gradtools.ghost",
     "GradMemConfig": "hf_gradtools.gradmem",
     "GradMemGPTForCausalLM": "hf_gradtools.gradmem",
     "GradMemory": "hf_gradtools.gradmem",
+    "GradProjCallback": "hf_gradtools.ghost",
+    "GradProjConfig": "hf_gradtools.ghost",
+    "GradProjector": "hf_gradtools.ghost",
     "GradientEnsemble": "hf_gradtools.ghost",
     "GradientStore": "hf_gradtools.ghost",
     "GritCallback": "hf_gradtools.grit",
@@ -29,17 +30,27 @@ _LAZY = {
     "GritController": "hf_gradtools.grit",
     "GritModel": "hf_gradtools.grit",
     "GritTrainer": "hf_gradtools.grit",
+    "HallucinationDetector": "hf_gradtools.ghosttrack",
+    "ModelActivations": "hf_gradtools.sae",
     "NanoGPTConfig": "hf_gradtools.nanogpt",
     "NanoGPTForCausalLM": "hf_gradtools.nanogpt",
     "NanoGPTModel": "hf_gradtools.nanogpt",
+    "SAE": "hf_gradtools.sae",
+    "SAEConfig": "hf_gradtools.sae",
+    "SAETrainer": "hf_gradtools.sae",
+    "SAETrainingConfig": "hf_gradtools.sae",
     "export_lora": "hf_gradtools.grit",
     "get_gradmem_model": "hf_gradtools.gradmem",
     "ghost_values": "hf_gradtools.ghost",
     "hardware_report": "hf_gradtools.nanogpt",
     "load_ghost_dataset": "hf_gradtools.ghost",
+    "steer": "hf_gradtools.sae",
+    "token_blocks": "hf_gradtools.sae",
 }
 
 __all__ = [
+    "SAE",
+    "ActivationStore",
     "GhostDotProd",
     "GhostDotProdCallback",
     "GhostDotProdConfig",
@@ -56,15 +67,22 @@ __all__ = [
     "GritController",
     "GritModel",
     "GritTrainer",
+    "HallucinationDetector",
+    "ModelActivations",
     "NanoGPTConfig",
     "NanoGPTForCausalLM",
     "NanoGPTModel",
+    "SAEConfig",
+    "SAETrainer",
+    "SAETrainingConfig",
     "__version__",
     "export_lora",
     "get_gradmem_model",
     "ghost_values",
     "hardware_report",
     "load_ghost_dataset",
+    "steer",
+    "token_blocks",
 ]
 
 if TYPE_CHECKING:
@@ -80,9 +98,20 @@ if TYPE_CHECKING:
         ghost_values,
         load_ghost_dataset,
     )
+    from hf_gradtools.ghosttrack import HallucinationDetector
     from hf_gradtools.gradmem import GradMemConfig, GradMemGPTForCausalLM, GradMemory, get_gradmem_model
     from hf_gradtools.grit import GritCallback, GritConfig, GritController, GritModel, GritTrainer, export_lora
     from hf_gradtools.nanogpt import NanoGPTConfig, NanoGPTForCausalLM, NanoGPTModel, hardware_report
+    from hf_gradtools.sae import (
+        SAE,
+        ActivationStore,
+        ModelActivations,
+        SAEConfig,
+        SAETrainer,
+        SAETrainingConfig,
+        steer,
+        token_blocks,
+    )
 
 
 def __getattr__(name: str) -> object:

@@ -22,10 +22,25 @@ AUTO_CLASSES = {
         {"MODEL_FOR_CAUSAL_LM_MAPPING": "GradMemGPTForCausalLM"},
     ),
     "gradmem_rmt": ("hf_gradtools.gradmem", "RMTConfig", {"MODEL_FOR_CAUSAL_LM_MAPPING": "RMTForCausalLM"}),
+    "hallucination_detector": (
+        "hf_gradtools.ghosttrack",
+        "DetectorConfig",
+        {"MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "HallucinationDetector"},
+    ),
     "nanogpt": (
         "hf_gradtools.nanogpt",
         "NanoGPTConfig",
         {"MODEL_MAPPING": "NanoGPTModel", "MODEL_FOR_CAUSAL_LM_MAPPING": "NanoGPTForCausalLM"},
+    ),
+}
+
+
+# Task: our pipeline, the Auto class of the models that it takes, and what goes in.
+PIPELINES = {
+    "hallucination-detection": (
+        "hf_gradtools.ghosttrack.pipeline.HallucinationDetectionPipeline",
+        "AutoModelForSequenceClassification",
+        "text",
     ),
 }
 
@@ -55,10 +70,19 @@ def _register_models(auto: ModuleType) -> None:
             mapping._modules[model_type] = import_module(package)
 
 
+def _register_pipelines(pipelines: ModuleType) -> None:
+    """As transformers lists its own tasks: by the name of the class, to be imported when one is made."""
+    for task, (pipeline, auto_class, kind) in PIPELINES.items():
+        pipelines.SUPPORTED_TASKS[task] = {
+            "impl": pipeline, "pt": (getattr(pipelines, auto_class),), "type": kind,
+        }  # fmt: skip
+
+
 AFTER: dict[str, Callable[[ModuleType], None]] = {
     "peft": _register_tuner,
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.pipelines": _register_pipelines,
 }
 
 

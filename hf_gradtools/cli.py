@@ -13,8 +13,10 @@ from typer.core import TyperGroup
 
 from hf_gradtools import __version__
 from hf_gradtools.ghost.cli import app as ghost_app
+from hf_gradtools.ghosttrack.cli import app as ghosttrack_app
 from hf_gradtools.gradmem.cli import gradmem_app
 from hf_gradtools.nanogpt.cli import app as nanogpt_app
+from hf_gradtools.sae.cli import sae_app
 from hf_gradtools.workflow.terminal import quiet_imports
 
 
@@ -40,8 +42,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(ghost_app, name="ghost")
+app.add_typer(ghosttrack_app, name="ghosttrack")
 app.add_typer(nanogpt_app, name="nanogpt")
 app.add_typer(gradmem_app, name="gradmem")
+app.add_typer(sae_app, name="sae")
 app.add_typer(
     typer.Typer(no_args_is_help=True),
     name="grit",

@@ -1,4 +1,4 @@
-"""Cards of what is pushed to the Hub, rendered from `templates/`."""
+"""The way to the Hub: cards rendered from `templates/`, and uploads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -53,3 +53,50 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def ensure_repo(
+    repo_id: str, *, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model"
+) -> str:
+    """Makes a repository unless it is there.
+
+    Args:
+        repo_id: `"user/name"`, or a name alone for one's own.
+        private: whether a new one is private.
+        token: of the Hub.
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+
+    Returns:
+        its id with the owner.
+    """
+    return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload folder",
+    create_pr: bool = False,
+    repo_type: str = "model",
+) -> str:
+    """Uploads all files of a folder in one commit, beside those that the repository has.
+
+    Args:
+        folder: what to upload.
+        repo_id: made if absent.
+        private, token, repo_type: as for [`ensure_repo`].
+        revision, commit_message, create_pr: as for `HfApi.upload_folder`.
+
+    Returns:
+        the commit's address.
+    """
+    repo_id = ensure_repo(repo_id, private=private, token=token, repo_type=repo_type)
+    commit = HfApi(token=token).upload_folder(
+        repo_id=repo_id, folder_path=folder, repo_type=repo_type, revision=revision, commit_message=commit_message,
+        create_pr=create_pr,
+    )  # fmt: skip
+    return str(commit.commit_url)

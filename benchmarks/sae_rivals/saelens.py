@@ -17,9 +17,8 @@ class SAELens:
         sizes = {"d_in": train.shape[1], "d_sae": job.d_sae}
         if job.activation == "jumprelu":
             sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes))
-        else:  # "topk", or "topk_sparse" with what the library calls use_sparse_activations
-            sparse = job.activation == "topk_sparse"
-            sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=job.k, use_sparse_activations=sparse, **sizes))
+        else:
+            sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=job.k, **sizes))
         rate = (
             {} if job.learning_rate is None else {"lr": job.learning_rate, "lr_warm_up_steps": job.short_warmup_steps}
         )

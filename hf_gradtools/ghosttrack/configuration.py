@@ -11,6 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_gradtools.core.atomic import atomic_write
+from hf_gradtools.ghosttrack.config_sections import (
+    CHOICES,
+    NON_NEGATIVE,
+    SEED_SAE_OVERRIDES,
+    DetectionSection,
+    EvaluationSection,
+    ExtractionSection,
+    ModelSection,
+    PathsSection,
+    SAESection,
+    SAETrainingSection,
+    TrackingConfig,
+)
 from hf_gradtools.ghosttrack.layer_selection import format_layers, parse_layers
 from hf_gradtools.ghosttrack.typed_sections import from_mapping, import_yaml, load_yaml, parse_override
 
@@ -29,135 +42,13 @@ __all__ = [
     "PathsSection",
     "SAESection",
     "SAETrainingSection",
-    "TrackingSection",
+    "TrackingConfig",
     "format_layers",
     "parse_layers",
     "shipped_configs",
 ]
 
 CONFIGS = Path(__file__).parent / "configs"
-SEED_SAE_OVERRIDES = (
-    "sae.activation=jumprelu",
-    "sae.shared_threshold=true",
-    "sae.threshold_init=0.1",
-    "sae.sparsity_coefficient=0.01",
-)
-CHOICES = {
-    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "sae.activation": ("topk", "batchtopk", "jumprelu", "relu", "gated"),
-    "sae_training.optimizer": ("adam", "adamw"),
-    "tracking.matching": ("hungarian", "greedy", "feature_id", "random", "none"),
-    "detection.detector": ("latents", "tracks", "both"),
-    "detection.classifier": ("logistic_regression", "random_forest", "gradient_boosting", "ensemble"),
-}
-NON_NEGATIVE = {
-    "sae.threshold_init",
-    "sae.sparsity_coefficient",
-    "sae_training.warmup_steps",
-    "sae_training.seed",
-    "tracking.cosine_weight",
-    "tracking.activation_weight",
-    "tracking.position_weight",
-    "tracking.birth_threshold",
-    "evaluation.n_cases",
-    "evaluation.seed",
-}
-
-
-@dataclass
-class ModelSection:
-    """The language model, and what its config.json must say."""
-
-    base_model: str
-    d_model: int
-    n_layers: int
-    revision: str | None = None
-    dtype: str = "auto"
-
-
-@dataclass
-class SAESection:
-    """The sparse autoencoder of each layer; `d_hidden` is its number of features."""
-
-    d_model: int
-    d_hidden: int
-    activation: str = "topk"
-    k: int = 32
-    threshold_init: float = 0.1
-    shared_threshold: bool = False
-    sparsity_coefficient: float = 0.0
-    normalize_decoder: bool = True
-
-
-@dataclass
-class SAETrainingSection:
-    """How the autoencoders learn; `n_tokens` per layer, `batch_size` in tokens."""
-
-    n_tokens: int = 10_000_000
-    epochs: int = 20
-    batch_size: int = 256
-    optimizer: str = "adam"
-    learning_rate: float = 1e-4
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0
-    seed: int = 0
-
-
-@dataclass
-class PathsSection:
-    """Folders of one model; relative ones start at the working directory."""
-
-    cache_dir: str
-    models_dir: str
-    results_dir: str
-
-
-@dataclass
-class ExtractionSection:
-    """Which hidden states are kept, of which texts; `batch_size` in sequences, `max_length` in tokens."""
-
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    batch_size: int = 32
-    max_length: int = 512
-    layers: str | int | list[int] = "all"
-
-
-@dataclass
-class TrackingSection:
-    """How features of one layer are matched to those of the next."""
-
-    top_k: int = 50
-    matching: str = "hungarian"
-    cosine_weight: float = 0.6
-    activation_weight: float = 0.2
-    position_weight: float = 0.2
-    max_cost: float = 0.5
-    birth_threshold: float = 0.5
-
-
-@dataclass
-class DetectionSection:
-    """What tells a hallucination: SAE latents, the seed's track features, or both."""
-
-    dataset: str | None = None
-    detector: str = "latents"
-    classifier: str = "logistic_regression"
-
-
-@dataclass
-class EvaluationSection:
-    """How the detector is judged."""
-
-    folds: int = 5
-    bootstrap_samples: int = 1000
-    confidence: float = 0.95
-    ablations: bool = True
-    baselines: bool = True
-    n_cases: int = 12
-    seed: int = 0
 
 
 @dataclass
@@ -177,14 +68,15 @@ class GhostTrackConfig:
     paths: PathsSection
     sae_training: SAETrainingSection = field(default_factory=SAETrainingSection)
     extraction: ExtractionSection = field(default_factory=ExtractionSection)
-    tracking: TrackingSection = field(default_factory=TrackingSection)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     detection: DetectionSection = field(default_factory=DetectionSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 
     def __post_init__(self) -> None:
         for section, values in dataclasses.asdict(self).items():
-            for key, value in values.items():
-                _check_value(f"{section}.{key}", value)
+            if section != "tracking":  # checks itself
+                for key, value in values.items():
+                    _check_value(f"{section}.{key}", value)
         if self.sae.d_model != self.model.d_model:
             raise ValueError(
                 f"sae.d_model={self.sae.d_model} is not model.d_model={self.model.d_model}; an SAE reads the model's "
@@ -196,9 +88,15 @@ class GhostTrackConfig:
             )
         if self.evaluation.folds < 2:
             raise ValueError(f"evaluation.folds={self.evaluation.folds} leaves nothing to train on; need at least 2.")
-        if not self.evaluation.confidence < 1:
-            raise ValueError(f"evaluation.confidence={self.evaluation.confidence} is not below 1. Write 0.95.")
-        _ = self.layers  # a bad selection is an error now
+        for place, good in (("evaluation.confidence", 0.95), ("sae_training.holdout", 0.02)):
+            section, key = place.split(".")
+            if not getattr(getattr(self, section), key) < 1:
+                raise ValueError(f"{place}={getattr(getattr(self, section), key)} is not below 1. Write {good}.")
+        try:
+            self.sae.to_config(self.model.base_model)
+        except ValueError as error:
+            raise ValueError(f"sae.{error}") from error
+        _ = self.layers, self.detectors  # a bad selection is an error now
 
     @classmethod
     def from_yaml(cls, path_or_name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> GhostTrackConfig:
@@ -286,17 +184,53 @@ class GhostTrackConfig:
     @property
     def tracking_folder(self) -> Path:
         """`<results_dir>/tracking`."""
-        return Path(self.paths.results_dir).expanduser() / "tracking"
+        return self._results / "tracking"
 
     @property
     def detection_folder(self) -> Path:
         """`<results_dir>/detection`."""
-        return Path(self.paths.results_dir).expanduser() / "detection"
+        return self._results / "detection"
 
     @property
     def evaluation_folder(self) -> Path:
         """`<results_dir>/evaluation`."""
-        return Path(self.paths.results_dir).expanduser() / "evaluation"
+        return self._results / "evaluation"
+
+    @property
+    def detectors(self) -> list[str]:
+        """The feature sets that a detector is fitted on, that of `evaluate`'s case studies first.
+
+        Raises:
+            ValueError: there are none, or one twice.
+        """
+        features = self.detection.features
+        named = [features] if isinstance(features, str) else features
+        if not named or len(set(named)) < len(named):
+            raise ValueError(f"detection.features={features!r} is empty or names one twice. Write latents.")
+        return named
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """The detection data sets by the name that their results have: a file's stem, or the last part of an id.
+
+        Raises:
+            ValueError: there are none, or two of one name.
+        """
+        given = self.detection.dataset
+        sources = [given] if isinstance(given, str) else list(given or ())
+        if not sources:
+            raise ValueError(
+                "detection.dataset=None names no labelled answers. Write the file or folder that "
+                "`hf-gradtools ghosttrack questions` makes."
+            )
+        named = {Path(source.replace(":", "-")).stem: source for source in sources}
+        if len(named) < len(sources):
+            raise ValueError(f"detection.dataset={sources} has two of one name, {list(named)}. Rename one.")
+        return named
+
+    @property
+    def _results(self) -> Path:
+        return Path(self.paths.results_dir).expanduser()
 
 
 def shipped_configs() -> list[str]:
@@ -327,7 +261,7 @@ def _sections() -> Mapping[str, Sequence[str]]:
         "sae_training": _keys(SAETrainingSection),
         "paths": _keys(PathsSection),
         "extraction": _keys(ExtractionSection),
-        "tracking": _keys(TrackingSection),
+        "tracking": _keys(TrackingConfig),
         "detection": _keys(DetectionSection),
         "evaluation": _keys(EvaluationSection),
     }
@@ -338,13 +272,14 @@ def _keys(section: type) -> list[str]:
 
 
 def _check_value(place: str, value: Any) -> None:
-    if place in CHOICES and value not in CHOICES[place]:
-        raise ValueError(f"{place}={value!r} is unknown; need one of {', '.join(CHOICES[place])}.")
+    if place in CHOICES and not (set(value) if isinstance(value, list) else {value}) <= set(CHOICES[place]):
+        known = ", ".join(choice or "null" for choice in CHOICES[place])
+        raise ValueError(f"{place}={value!r} is unknown; need one of {known}.")
     if isinstance(value, int | float) and not isinstance(value, bool) and place != "extraction.layers":
         need = "0 or more" if place in NON_NEGATIVE else "more than 0"
         if not ((value > 0 or (value == 0 and place in NON_NEGATIVE)) and value < float("inf")):
             raise ValueError(f"{place}={value!r} is out of range; need {need}.")
-    if value == "":
+    if value == "" or (isinstance(value, list) and "" in value):
         raise ValueError(f"{place}='' is empty; need a value.")
 
 

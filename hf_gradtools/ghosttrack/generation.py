@@ -140,7 +140,7 @@ class LineGenerator:
     def _prefill(self, length: int) -> DynamicCache | None:
         """Keys and values of the first tokens, for one row; None if the model keeps them in another form."""
         ids = torch.tensor([self.prompt_ids[0][:length]], device=self.model.device)
-        cache = self.model(ids, use_cache=True).past_key_values
+        cache = self.model(ids, use_cache=True).get("past_key_values")  # a state-space model has none
         plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cache if plain else None
 

@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 __all__ = ["from_mapping", "import_yaml", "load_yaml", "parse_override"]
 
 T = TypeVar("T")
-WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    types.NoneType: "null",
+    list[int]: "a list of integers",
+    list[str]: "a list of texts",
+}
 
 
 def import_yaml() -> Any:
@@ -85,7 +93,10 @@ def from_mapping(cls: type[T], content: Mapping[Any, Any], source: str, places: 
         for key, value in values.items():
             place = (places or {}).get(f"{name}.{key}", source)
             arguments[key] = _convert(value, hints[key], f"{place}: {name}.{key}")
-        built[name] = section(**arguments)
+        try:
+            built[name] = section(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}.{error}") from error
     try:
         return cls(**built)
     except ValueError as error:
@@ -115,17 +126,18 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             pass
     if float in allowed and type(value) is int:
         return float(value)
-    if type(value) in allowed or (list[int] in allowed and _is_list_of_int(value)):
+    lists = (kind for kind in allowed if typing.get_origin(kind) is list)
+    if type(value) in allowed or any(_is_list_of(typing.get_args(kind)[0], value) for kind in lists):
         return value
     raise ValueError(f"{place}={_short(value)} is of type {type(value).__name__}; need {_words(allowed)}.")
 
 
-def _is_list_of_int(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def _words(allowed: Iterable[Any]) -> str:
-    return " or ".join("a list of integers" if kind == list[int] else WORDS[kind] for kind in allowed)
+    return " or ".join(WORDS[kind] for kind in allowed)
 
 
 def _short(value: Any) -> str:

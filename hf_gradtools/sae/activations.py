@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_gradtools.sae.configuration_sae import SAEConfig
-from hf_gradtools.sae.selection import largest_in_batch, linear_top_k, pre_activations
+from hf_gradtools.sae.selection import above, largest_in_batch, linear_top_k, pre_activations
 from hf_gradtools.sae.sparse import SparseLatents, SparsePattern, linear_at
 
 
@@ -56,14 +56,14 @@ def encode_batchtopk(x: Tensor, weights: Parameters, config: SAEConfig, training
         [BatchTopK Sparse Autoencoders](https://arxiv.org/abs/2412.06410), section 3.
     """
     pre = pre_activations(x, weights["W_enc"], weights["b_enc"])
-    pattern = largest_in_batch(pre, config.k) if training else SparsePattern.of_mask(pre > weights["threshold"])
+    pattern = largest_in_batch(pre, config.k) if training else above(pre, weights["threshold"])
     return _positive(x, weights, pattern, _take(pre, pattern))
 
 
 def encode_relu(x: Tensor, weights: Parameters, config: SAEConfig, training: bool) -> Encoded:
     """All positive ones."""
     pre = pre_activations(x, weights["W_enc"], weights["b_enc"])
-    pattern = SparsePattern.of_mask(pre > 0)
+    pattern = above(pre, 0)
     return _positive(x, weights, pattern, _take(pre, pattern))
 
 
@@ -76,10 +76,11 @@ def encode_jumprelu(x: Tensor, weights: Parameters, config: SAEConfig, training:
     pre = pre_activations(x, weights["W_enc"], weights["b_enc"])
     threshold = weights["threshold"]
     margin = config.bandwidth / 2 if training else 0.0
-    pattern = SparsePattern.of_mask(pre > threshold - margin)
+    pattern = above(pre, threshold - margin)
     values = linear_at(x, weights["W_enc"], weights["b_enc"], pattern, _take(pre, pattern))
     own = threshold.expand(config.d_sae)[pattern.indices].to(values.dtype)
-    l0 = step(values, own, config.bandwidth).sum() / x.shape[0]
+    active = step(values, own, config.bandwidth)
+    l0 = active.sum(dtype=torch.promote_types(active.dtype, torch.float32)) / x.shape[0]
     return Encoded(SparseLatents(jump_relu(values, own, config.bandwidth), pattern), l0=l0)
 
 
@@ -90,7 +91,7 @@ def encode_gated(x: Tensor, weights: Parameters, config: SAEConfig, training: bo
         [Gated Sparse Autoencoders](https://arxiv.org/abs/2404.16014), equations 4-8.
     """
     pre = pre_activations(x, weights["W_enc"], weights["b_enc"])
-    pattern = SparsePattern.of_mask(pre > 0)
+    pattern = above(pre, 0)
     at = pattern.indices
     shared = linear_at(x, weights["W_enc"], None, pattern, _take(pre, pattern) - weights["b_enc"].detach()[at])
     magnitudes = (shared * weights["r_mag"].exp()[at] + weights["b_mag"][at]).relu()

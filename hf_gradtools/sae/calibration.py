@@ -1,11 +1,13 @@
-"""Where training begins: the geometric median of the activations, and the factor that gives them unit variance."""
+"""Where training begins: the middle of the activations, their scale, and the first features."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-__all__ = ["geometric_median", "unit_scale"]
+__all__ = ["data_directions", "encoder_scale", "geometric_median", "unit_scale"]
 
 
 def geometric_median(x: Tensor, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -47,3 +49,31 @@ def unit_scale(x: Tensor, center: Tensor) -> float:
             "Look at the hookpoint's hidden states: they are constant, or not finite."
         )
     return mean_square**-0.5
+
+
+def data_directions(x: Tensor, center: Tensor, count: int, seed: int) -> Tensor:
+    """Unit vectors from the center to different tokens, or random ones where there are too few.
+
+    Args:
+        x (`Tensor`): `[N, D]`.
+        center (`Tensor`): `[D]`.
+        count (`int`): how many.
+        seed (`int`): of the choice.
+
+    Returns:
+        `Tensor`: `[count, D]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(x), generator=generator)[:count].to(x.device)
+    directions = torch.randn(count, x.shape[1], generator=generator).to(x)
+    found = x[chosen] - center
+    nonzero = found.norm(dim=1) > 0
+    directions[: len(found)][nonzero] = found[nonzero]
+    return F.normalize(directions, dim=1)
+
+
+def encoder_scale(x: Tensor, reconstruction: Tensor) -> float:
+    """The factor of reconstructions, both centred, that brings them nearest to `x`; 1 if there is none above zero."""
+    length = float(reconstruction.double().square().sum())
+    factor = float((x.double() * reconstruction.double()).sum()) / length if length else 0.0
+    return factor if factor > 0 else 1.0

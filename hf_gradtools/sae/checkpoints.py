@@ -17,6 +17,7 @@ from typing import Any
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.sae.learner import Learner
 from hf_gradtools.sae.modeling_sae import SAE
+from hf_gradtools.sae.saving import _refresh_card, _write_pairs
 from hf_gradtools.sae.training_config import differing
 
 
@@ -62,11 +63,14 @@ class LearnerCheckpoints:
         """Writes a finished autoencoder, and removes its checkpoints."""
         if not self.writes:
             return
-        sae.save_pretrained(self.output_dir)
-        (self._folder(hookpoint)).mkdir(parents=True, exist_ok=True)
+        _write_pairs([sae], self.output_dir)
+        self._folder(hookpoint).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self._folder(hookpoint) / FINISHED, identity(hookpoint))
-        for step in self._steps(hookpoint):
-            self._file(hookpoint, step).unlink(missing_ok=True)
+        self._remove_steps(hookpoint)
+
+    def write_card(self) -> None:
+        """Writes the card of all finished autoencoders; for one process, once they are there."""
+        _refresh_card(self.output_dir)
 
     def finished(self, hookpoints: Iterable[str], identity: Identity) -> dict[str, SAE]:
         """The autoencoders that an earlier run finished.
@@ -83,6 +87,8 @@ class LearnerCheckpoints:
                     f"output_dir={str(self.output_dir)!r} holds a finished {name} that was trained with "
                     f"{'; '.join(changed)}. Pass the same options, or another folder."
                 )
+            if self.writes:  # a kill may have come before they were removed
+                self._remove_steps(name)
         return {name: SAE.from_pretrained(self.output_dir, name) for name in done}
 
     def refuse_any(self, hookpoints: Iterable[str]) -> None:
@@ -93,6 +99,10 @@ class LearnerCheckpoints:
                     f"output_dir={str(self.output_dir)!r} holds an earlier training of {name}. "
                     "Pass resume=True to go on with it, or another folder."
                 )
+
+    def _remove_steps(self, hookpoint: str) -> None:
+        for step in self._steps(hookpoint):
+            self._file(hookpoint, step).unlink(missing_ok=True)
 
     def _folder(self, hookpoint: str) -> Path:
         return self.output_dir / FOLDER / hookpoint

@@ -80,6 +80,8 @@ class SAEConfig:
             )
         if self.bandwidth <= 0 or self.threshold < 0:
             raise ValueError(f"need bandwidth > 0 and threshold >= 0, got {self.bandwidth=}, {self.threshold=}.")
+        if self.auxk is not None and self.auxk < 1:
+            raise ValueError(f"auxk={self.auxk} must be at least 1. Pass auxk_coefficient=0 to do without.")
         self._check_widths()
 
     def _check_widths(self) -> None:

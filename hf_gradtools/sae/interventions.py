@@ -1,7 +1,7 @@
 """Changes of a model's hidden states while it runs: reconstructed, steered along a feature, or without some features.
 
-B sequences, S positions, D = d_in, F = d_sae. Each change is a context manager whose hooks are gone when its block ends,
-by whatever way. They nest, and work in training, in evaluation and in `generate` with a cache.
+B sequences, S positions, D = d_in, F = d_sae. Each change is a context manager whose hooks are gone when its block
+ends, by whatever way. They nest, and work in training, in evaluation and in `generate` with a cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_gradtools.sae.hookpoints import base_model, resolve
 from hf_gradtools.sae.modeling_sae import SAE
-from hf_gradtools.sae.sparse import SparseLatents
+from hf_gradtools.sae.sparse import decode
 
 
 __all__ = ["ablate", "edit", "reconstruct", "replace", "steer"]
@@ -52,10 +52,11 @@ def edit(
 
     def hook_of(hookpoint: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            is_tensor = isinstance(output, Tensor)
-            state = output if is_tensor else _first(output, hookpoint)
+            state = output if isinstance(output, Tensor) else _first(output, hookpoint)
             changed = _changed(state, changes[hookpoint], max(0, skip_positions - past), hookpoint)
-            return changed if is_tensor else type(output)((changed, *output[1:]))
+            if isinstance(output, Tensor):
+                return changed
+            return [changed, *output[1:]] if isinstance(output, list) else (changed, *output[1:])
 
         return hook
 
@@ -151,8 +152,8 @@ def ablate(
     def change(state: Tensor) -> Tensor:
         latents = sae.encode_sparse(state.to(sae.W_dec.device))
         chosen = ablated.to(latents.indices.device)[latents.indices]
-        part = SparseLatents(latents.values[chosen], latents.pattern.select(chosen))
-        written = sae.decode(part) - sae.decode(SparseLatents(part.values * 0, part.pattern))
+        values = latents.values[chosen]
+        written = decode(values, sae.W_dec.to(values.dtype), latents.pattern.select(chosen))
         return state - written.view(state.shape).to(state)
 
     return edit(model, {_place(sae, hookpoint): change}, skip_positions=skip_positions)
@@ -181,8 +182,8 @@ def _changed(state: Tensor, change: Callable[[Tensor], Tensor], skip: int, hookp
 def _first(output: Any, hookpoint: str) -> Tensor:
     if not isinstance(output, (tuple, list)) or not output or not isinstance(output[0], Tensor):
         raise ValueError(
-            f"missing hidden state: hookpoint={hookpoint!r} puts out {type(output).__name__}; need a tensor, or a tuple "
-            "that begins with one. Pass a decoder block ('layers.0') or a module in one that returns hidden states."
+            f"missing hidden state: hookpoint={hookpoint!r} puts out {type(output).__name__}; need a tensor, or a "
+            "tuple that begins with one. Pass a decoder block ('layers.0') or a module that returns hidden states."
         )
     return output[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_gradtools.core.atomic import atomic_write
-from hf_gradtools.sae.calibration import geometric_median, unit_scale
+from hf_gradtools.sae.calibration import data_directions, encoder_scale, geometric_median, unit_scale
 from hf_gradtools.sae.configuration_sae import WITH_K, SAEConfig
 from hf_gradtools.sae.modeling_sae import SAE, SAEOutput
+from hf_gradtools.sae.outliers import within
 from hf_gradtools.sae.training_config import SAETrainingConfig, differing
 
 
@@ -38,6 +40,8 @@ class Learner:
     Attributes:
         sae: sees inputs times `scale`; [`Learner.finished`] gives the one of the inputs themselves.
         step: steps taken.
+        median: `[D]`, the middle of the hidden states.
+        radius: hidden states farther from it are outliers.
         tokens_since_active: `[F]`, how long ago each feature was last active.
     """
 
@@ -47,21 +51,33 @@ class Learner:
         betas = (args.adam_beta1, args.adam_beta2)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=args.learning_rate, betas=betas, fused=True)
         self.tokens_since_active = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        self.median = torch.zeros(config.d_in, device=device)
+        self.radius = math.inf
         self.scale = 1.0
         self.step = 0
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Puts `b_dec` at the geometric median of hidden states `[N, D]`, and takes the input's scale from them."""
+        """Takes from hidden states `[N, D]` their median, scale and outliers, and where the weights begin."""
         x = x.to(self.device, torch.float32)
         if not bool(x.isfinite().all()):
-            raise FloatingPointError(
-                f"hidden states at {self.sae.config.hookpoint!r} are not finite. Run the model in another dtype."
-            )
-        median = geometric_median(x)
+            raise FloatingPointError(self._not_finite(x))
+        median, seed = geometric_median(x), self.args.seed
+        self.median.copy_(median)
+        if self.args.outlier_ratio is not None:
+            distances = (x - self.median).norm(dim=1)
+            self.radius = self.args.outlier_ratio * float(distances.median())
+            x = x[distances <= self.radius]
         if self.args.normalize_input:
-            self.scale = unit_scale(x, median)
-        self.sae.b_dec.copy_(median * self.scale)
+            self.scale = unit_scale(x, self.median)
+        centred = (x - self.median) * self.scale
+        sae = self.sae
+        sae.b_dec.copy_(self.median * self.scale)
+        if self.args.decoder_init == "data":
+            sae.W_dec.copy_(data_directions(x, self.median, self._config.d_sae, seed))
+            sae.W_enc.copy_(sae.W_dec)
+        some = centred[:4096]
+        sae.W_enc.mul_(encoder_scale(some, sae(some + sae.b_dec).reconstruction - sae.b_dec))
 
     def take_step(self, x: Tensor, share: float = 1.0, reduce: Callable[[Tensor], object] | None = None) -> SAEOutput:
         """One optimizer step.
@@ -74,13 +90,17 @@ class Learner:
         self._schedule()
         dead = self.tokens_since_active >= self.args.dead_after_tokens
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            output = self.sae(x.to(self.device, torch.float32) * self.scale, dead)
+            output = self.sae(within(x.to(self.device, torch.float32), self.median, self.radius) * self.scale, dead)
+        if not bool(output.loss.detach().isfinite()):
+            raise FloatingPointError(self._not_finite(x))
         (output.loss * share).backward()
         active = output.latents.pattern.count(output.latents.values.detach() > 0)
         if reduce is not None:
             for tensor in (*(p.grad for p in self.sae.parameters()), active):
                 reduce(tensor)
         self._update(output)
+        if reduce is not None and self._config.activation == "batchtopk":  # whose parts had thresholds of their own
+            reduce(self.sae.threshold.mul_(share))
         self.tokens_since_active.add_(round(len(x) / share)).masked_fill_(active > 0, 0)
         self.step += 1
         return output
@@ -97,7 +117,7 @@ class Learner:
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Writes everything to one file, which appears whole or not at all."""
-        header = {"step": self.step, "scale": self.scale, "identity": identity}
+        header = {"step": self.step, "scale": self.scale, "radius": self.radius, "identity": identity}
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -119,7 +139,7 @@ class Learner:
             self._prepare_moments()
             for name, tensor in self._tensors().items():
                 tensor.copy_(file.get_tensor(name))
-        self.step, self.scale = header["step"], header["scale"]
+        self.step, self.scale, self.radius = header["step"], header["scale"], header["radius"]
 
     @torch.no_grad()
     def _prepare_moments(self) -> None:
@@ -135,9 +155,15 @@ class Learner:
         tensors = {f"sae.{name}": tensor.detach() for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{key}": self.optimizer.state[parameter][key] for key in ADAM}
-        return {**tensors, "tokens_since_active": self.tokens_since_active}
+        return {**tensors, "tokens_since_active": self.tokens_since_active, "median": self.median}
 
     # ---- a step's parts
+
+    def _not_finite(self, x: Tensor) -> str:
+        where = f"at {self._config.hookpoint!r}, step {self.step + 1}"
+        if bool(x.isfinite().all()):
+            return f"the loss {where} is not finite. Pass a smaller learning_rate, or max_grad_norm=1."
+        return f"hidden states {where} are not finite. Run the model in another dtype: bfloat16 or float32."
 
     @property
     def _config(self) -> SAEConfig:

@@ -65,8 +65,8 @@ def cross_entropy_recovered(
 ) -> dict[str, CrossEntropy]:
     """The cross-entropy with each hookpoint's hidden states replaced, one hookpoint at a time.
 
-    Costs 1 + 3 · hookpoints forwards of each sequence. All predictions count, those from positions that are left as they
-    are too; they cancel in the scores.
+    Costs 1 + 3 · hookpoints forwards of each sequence. All predictions count, those from positions that are left
+    as they are too; they cancel in the scores.
 
     Args:
         model (`PreTrainedModel`): a causal LM with its head.

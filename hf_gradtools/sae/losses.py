@@ -12,7 +12,20 @@ from hf_gradtools.sae.selection import top_k
 from hf_gradtools.sae.sparse import SparseLatents, SparsePattern, decode, linear_at
 
 
-__all__ = ["auxk_loss", "fraction_of_variance_unexplained", "gate_loss", "l1_penalty", "prefix_reconstructions"]
+__all__ = [
+    "auxk_loss",
+    "fraction_of_variance_unexplained",
+    "gate_loss",
+    "l1_penalty",
+    "mean_squared_error",
+    "prefix_reconstructions",
+]
+
+
+def mean_squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
+    """Mean over all entries of (x̂ − x)², in float32 at least: half precision would round the loss itself."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.mse_loss(reconstruction.to(dtype), x.to(dtype))
 
 
 def fraction_of_variance_unexplained(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -22,14 +35,15 @@ def fraction_of_variance_unexplained(x: Tensor, reconstruction: Tensor) -> Tenso
         x (`Tensor`): `[N, D]`.
         reconstruction (`Tensor`): `[N, D]`.
     """
-    x, reconstruction = x.detach().float(), reconstruction.detach().float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, reconstruction = x.detach().to(dtype), reconstruction.detach().to(dtype)
     return (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
 
 
 def l1_penalty(latents: SparseLatents, W_dec: Tensor) -> Tensor:
     """The sum of a token's latents, each times the norm of what it writes; mean over tokens."""
     values = latents.values * W_dec.norm(dim=1).to(latents.values.dtype)[latents.indices]
-    return values.sum() / latents.pattern.num_tokens
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32)) / latents.pattern.num_tokens
 
 
 def gate_loss(x: Tensor, gates: SparseLatents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -38,7 +52,7 @@ def gate_loss(x: Tensor, gates: SparseLatents, W_dec: Tensor, b_dec: Tensor) -> 
     Source:
         [Gated Sparse Autoencoders](https://arxiv.org/abs/2404.16014), equation 8, last term.
     """
-    return F.mse_loss(decode(gates.values, W_dec.detach(), gates.pattern) + b_dec.detach(), x)
+    return mean_squared_error(decode(gates.values, W_dec.detach(), gates.pattern) + b_dec.detach(), x)
 
 
 def auxk_loss(residual: Tensor, x: Tensor, weights: Mapping[str, Tensor], dead: Tensor, k: int) -> Tensor:
@@ -64,7 +78,7 @@ def auxk_loss(residual: Tensor, x: Tensor, weights: Mapping[str, Tensor], dead: 
         values, indices = _largest(torch.addmm(b_enc, x, W_enc.T), taken)
     pattern = SparsePattern.of_rows(indices, chosen.numel())
     values = linear_at(x, W_enc, b_enc, pattern, values.reshape(-1))
-    return F.mse_loss(decode(values, W_dec, pattern), residual.detach()) * (taken / k)
+    return mean_squared_error(decode(values, W_dec, pattern), residual.detach()) * (taken / k)
 
 
 def prefix_reconstructions(

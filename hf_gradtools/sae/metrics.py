@@ -1,6 +1,6 @@
 """What autoencoders are worth: reconstruction, sparsity, feature densities, and the model's loss with them in place.
 
-N tokens, D = d_in, F = d_sae. Sums run over the whole set, in float64: a ratio here is never a mean of batches' ratios.
+N tokens, D = d_in, F = d_sae. Sums run over the whole set, in float64: no ratio is a mean of batches' ratios.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from hf_gradtools.sae.losses import (
     fraction_of_variance_unexplained,
     gate_loss,
     l1_penalty,
+    mean_squared_error,
     prefix_reconstructions,
 )
 from hf_gradtools.sae.sparse import SparseLatents, decode
@@ -103,17 +104,20 @@ class SAE(nn.Module):
             dead (`Tensor`, *optional*): `[F]` bool, features that have not been active for long; adds their loss.
 
         Raises:
-            ValueError: `x` has another width than the autoencoder.
+            ValueError: `x` has another width than the autoencoder, or no tokens.
         """
+        if x.numel() == 0 and x.shape[-1:] == (self.config.d_in,):
+            raise ValueError(
+                f"x has shape {list(x.shape)}, no tokens, so that there is no mean loss. Use sae.encode(x)."
+            )
         rows, weights = self._rows(x), self._weights(x.device)
         centred = rows - weights["b_dec"] if self.config.apply_b_dec_to_input else rows
         encoded = ENCODERS[self.config.activation](centred, weights, self._config_now(), self.training)
-        target = rows.float()
         reconstructions = list(self._reconstructions(encoded.latents, weights))
-        errors = [F.mse_loss(reconstruction.float(), target) for reconstruction in reconstructions]
+        errors = [mean_squared_error(reconstruction, rows) for reconstruction in reconstructions]
         reconstruction = reconstructions[-1]
         sparsity = self._sparsity(encoded, weights)
-        auxk = target.new_zeros(())
+        auxk = errors[-1].new_zeros(())
         if dead is not None and self.config.auxk_coefficient and bool(dead.any()):
             k = self.config.auxk or max(1, self.config.d_in // 2)
             auxk = auxk_loss(rows - reconstruction, centred, weights, dead, k)
@@ -147,7 +151,8 @@ class SAE(nn.Module):
         """Hidden states of latents: `[..., D]` of `[..., F]`, or `[N, D]` of [`SparseLatents`] of N tokens."""
         weights = self._weights(self.W_dec.device)
         if isinstance(latents, SparseLatents):
-            return decode(latents.values, weights["W_dec"], latents.pattern) + weights["b_dec"]
+            values = latents.values.to(weights["W_dec"].dtype)
+            return decode(values, weights["W_dec"], latents.pattern) + weights["b_dec"]
         return latents.to(weights["W_dec"].dtype) @ weights["W_dec"] + weights["b_dec"]
 
     # ---- on disk and on the Hub
@@ -211,8 +216,8 @@ class SAE(nn.Module):
         Every activation commutes with a positive factor, so biases and thresholds are divided by it, and latents come
         out smaller by it.
         """
-        if scale <= 0:
-            raise ValueError(f"scale={scale} must be positive.")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale={scale} must be positive and finite.")
         for name in ("b_enc", "b_dec", "b_mag", "threshold"):
             if (tensor := getattr(self, name, None)) is not None:
                 tensor.div_(scale)
@@ -229,7 +234,7 @@ class SAE(nn.Module):
     # ---- parts
 
     def _rows(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.config.d_in:
+        if x.shape[-1:] != (self.config.d_in,):
             raise ValueError(
                 f"x has shape {list(x.shape)}; this SAE needs width d_in={self.config.d_in}"
                 + (f", the hidden states at {self.config.hookpoint!r}" if self.config.hookpoint else "")
@@ -261,7 +266,8 @@ class SAE(nn.Module):
             return encoded.l0
         if self.config.sparsity_penalty == "l1":
             return l1_penalty(encoded.gates or encoded.latents, weights["W_dec"])
-        return encoded.latents.values.new_zeros(())
+        values = encoded.latents.values
+        return values.new_zeros((), dtype=torch.promote_types(values.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         config = self.config

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_gradtools.sae.sparse import SparsePattern
 
 
-__all__ = ["largest_in_batch", "linear_top_k", "pre_activations", "top_k"]
+__all__ = ["above", "largest_in_batch", "linear_top_k", "pre_activations", "top_k"]
 
 # The dense pre-activations of this many bytes are held at a time; they stay in a CPU's cache until they were searched.
 CHUNK_BYTES = 32 * 2**20
@@ -51,7 +51,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Columns are grouped, and only the k groups with the largest maxima are searched: an entry outside of them has k
     entries before it that are no smaller. Floats are compared as the integers of their bits, which order positive ones
-    as themselves and put negative ones below.
+    as themselves and put negative ones below; NaN is the largest, unless its sign is set.
 
     Args:
         pre (`Tensor`): `[N, F]`.
@@ -66,12 +66,18 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if group == 1:
         indices = keys.topk(k, sorted=False).indices
         return pre.gather(1, indices), indices
-    grouped = keys.view(num_rows, group, width // group)  # a group is a column here, so that maxima are vectorised
+    grouped = keys.reshape(num_rows, group, width // group)  # a group is a column here, so that maxima are vectorised
     best = grouped.amax(1).topk(k, sorted=False).indices
     candidates = grouped.gather(2, best[:, None].expand(-1, group, -1)).view(num_rows, group * k)
     found = candidates.topk(k, sorted=False).indices
     indices = best.gather(1, found % k) + found.div(k, rounding_mode="floor") * (width // group)
     return pre.gather(1, indices), indices
+
+
+@torch.no_grad()
+def above(pre: Tensor, bound: Tensor | float) -> SparsePattern:
+    """The entries of `[N, F]` above a bound, and NaN, so that it shows in the latents instead of looking like none."""
+    return SparsePattern.of_mask((pre <= bound).logical_not_())
 
 
 @torch.no_grad()

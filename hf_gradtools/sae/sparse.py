@@ -50,7 +50,7 @@ class SparsePattern:
         offsets = (
             torch.arange(0, (num_tokens + 1) * k, k, device=indices.device) if k else indices.new_zeros(num_tokens + 1)
         )
-        return cls(indices.reshape(-1), offsets, d_sae)
+        return cls(indices.reshape(-1).contiguous(), offsets, d_sae)
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> SparsePattern:
@@ -104,7 +104,8 @@ class SparsePattern:
         """`[F]`: how often each feature is active, or the sum of its values."""
         if values is None:
             return torch.bincount(self.indices, minlength=self.d_sae)
-        return torch.bincount(self.indices, weights=values.float(), minlength=self.d_sae).to(values.dtype)
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return torch.bincount(self.indices, weights=wide, minlength=self.d_sae).to(values.dtype)
 
     def dot(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """(tokens @ weight.T) on P: `[M]`, for each pair the inner product of its token's and its feature's row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -18,6 +19,7 @@ from hf_gradtools.sae.checkpoints import LearnerCheckpoints
 from hf_gradtools.sae.configuration_sae import SAEConfig
 from hf_gradtools.sae.learner import Learner
 from hf_gradtools.sae.modeling_sae import SAE, SAEOutput
+from hf_gradtools.sae.outliers import Inliers
 from hf_gradtools.sae.shuffling import ActivationSource, ShuffledBatches
 from hf_gradtools.sae.training_config import SAETrainingConfig
 
@@ -37,12 +39,12 @@ class SAETrainer:
     that each process trains some of the autoencoders, or `"data"`, so that each takes a part of every batch.
 
     Args:
-        configs ([`SAEConfig`] or `Mapping[str, SAEConfig]`): the autoencoder of every hookpoint, or of each. `hookpoint`
-            is filled in; `d_in` must be what the source has there.
+        configs ([`SAEConfig`] or `Mapping[str, SAEConfig]`): the autoencoder of every hookpoint, or of each.
+            `hookpoint` is filled in; `d_in` must be what the source has there.
         source ([`ModelActivations`] or of [`ActivationStore.source`]): the activations.
         args ([`SAETrainingConfig`]): how to train.
         eval_source (*optional*): activations that training does not see; the figures kept with the finished
-            autoencoders are measured on them.
+            autoencoders are measured on them, but for outliers where training leaves those out.
 
     Attributes:
         log_history (`list[dict[str, float]]`): what was logged, as in a `Trainer`'s state.
@@ -105,6 +107,9 @@ class SAETrainer:
             step = checkpoints.load_newest(learners, self.identity) if resume else 0
             self._run(learners, checkpoints, step)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:  # alone: the card tells of all autoencoders in the folder
+            checkpoints.write_card()
+        self.accelerator.wait_for_everyone()
         return {
             name: finished[name] if name in finished else SAE.from_pretrained(self.args.output_dir, name)
             for name in hookpoints
@@ -116,7 +121,10 @@ class SAETrainer:
         return {"config": self.configs[hookpoint].to_dict(), "training": self.args.identity(), "source": source}
 
     def _run(self, learners: Mapping[str, Learner], checkpoints: LearnerCheckpoints, start: int) -> None:
-        stream = _only(self.batches.iterate(start), list(learners))
+        # Neither read nor shuffle what others train, or have trained.
+        self.batches.source = copy.copy(self.source)
+        self.batches.source.hookpoints = list(learners)
+        stream = self.batches.iterate(start)
         if start == 0:
             stream = self._calibrated(learners, stream)
         meter = _Meter(learners)
@@ -139,10 +147,10 @@ class SAETrainer:
             if step % self.args.save_steps == 0 and step < self.num_steps:
                 checkpoints.save(learners, step, self.identity)
         bar.close()
-        for name, learner in learners.items():
-            checkpoints.finish(name, self._finished(name, learner), self.identity)
-        if self.args.report_to != "none":
-            self.accelerator.end_training()
+        for name, sae in self._finished(learners).items():
+            checkpoints.finish(name, sae, self.identity)
+        for tracker in self.accelerator.trackers:  # not end_training(), which ends the process group as well
+            tracker.finish()
 
     def _calibrated(
         self, learners: Mapping[str, Learner], stream: Iterator[dict[str, Tensor]]
@@ -161,16 +169,22 @@ class SAETrainer:
         part = batch[self.accelerator.process_index :: world]
         return learner.take_step(part, share=1 / world, reduce=torch.distributed.all_reduce)
 
-    def _finished(self, hookpoint: str, learner: Learner) -> SAE:
+    def _finished(self, learners: Mapping[str, Learner]) -> dict[str, SAE]:
+        """What was trained, with the figures of all from one pass over the held-out activations."""
         from hf_gradtools.sae.metrics import evaluate_store
 
-        sae = learner.finished()
-        training: dict[str, Any] = {**self.args.identity(), "tokens": self.num_steps * self.args.batch_tokens}
-        sae.config.metadata["training"] = training
-        if self.eval_source is not None:
-            (figures,) = evaluate_store(self.eval_source, {hookpoint: sae}).values()
-            sae.config.metadata["evaluation"] = figures.to_dict(density=False)
-        return sae
+        saes = {name: learner.finished() for name, learner in learners.items()}
+        for name, sae in saes.items():
+            tokens, radius = self.num_steps * self.args.batch_tokens, learners[name].radius
+            bounds = {} if self.args.outlier_ratio is None else {"outlier_radius": radius}
+            sae.config.metadata["training"] = {**self.args.identity(), "tokens": tokens, **bounds}
+        if self.eval_source is not None and self._writes:
+            bounds = {name: (learner.median, learner.radius) for name, learner in learners.items()}
+            source = Inliers(self.eval_source, bounds)
+            shows = self.accelerator.is_local_main_process
+            for name, figures in evaluate_store(source, saes, progress=shows).items():
+                saes[name].config.metadata["evaluation"] = figures.to_dict(density=False)
+        return saes
 
     @property
     def _writes(self) -> bool:
@@ -221,8 +235,3 @@ def _configs_of(configs: SAEConfig | Mapping[str, SAEConfig], source: Activation
                 f"{source.d_in(hookpoint)}. Pass SAEConfig(d_in={source.d_in(hookpoint)}, ...)."
             )
     return {name: dataclasses.replace(config, hookpoint=name) for name, config in given.items()}
-
-
-def _only(stream: Iterator[dict[str, Tensor]], names: list[str]) -> Iterator[dict[str, Tensor]]:
-    for batch in stream:
-        yield {name: batch[name] for name in names}

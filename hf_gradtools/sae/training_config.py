@@ -10,6 +10,7 @@ __all__ = ["SAETrainingConfig", "differing"]
 
 PARALLEL = ("layers", "data")
 SCHEDULES = ("linear", "constant")
+INITS = ("data", "random")
 
 
 @dataclass
@@ -35,8 +36,12 @@ class SAETrainingConfig:
             the loss that revives it.
         normalize_input (`bool`, defaults to `True`): whether it trains on inputs of unit variance; the factor is
             folded into the weights when they are saved.
-        calibration_tokens (`int`, defaults to 16384): tokens of which that factor, and the geometric median that
-            `b_dec` begins at, are taken.
+        decoder_init (`str`, defaults to `"data"`): features begin as directions of hidden states from the median, or
+            `"random"`; either way the encoder is scaled so that the first reconstructions have the right length.
+        outlier_ratio (`float`, *optional*, defaults to 10): hidden states farther from the median than so many times
+            the median distance ("massive activations", one token in ten thousand with most of the variance) count as
+            the median, and teach nothing. `None` keeps them.
+        calibration_tokens (`int`, defaults to 16384): tokens of which all that is taken.
         buffer_tokens (`int`, defaults to 131072): tokens shuffled together.
         bf16 (`bool`, defaults to `False`): matrix products in bfloat16; weights and their moments stay float32.
         seed (`int`, defaults to 0): of weights and the order of tokens.
@@ -69,6 +74,8 @@ class SAETrainingConfig:
     max_grad_norm: float | None = None
     dead_after_tokens: int = 1_000_000
     normalize_input: bool = True
+    decoder_init: str = "data"
+    outlier_ratio: float | None = 10.0
     calibration_tokens: int = 16_384
     buffer_tokens: int = 131_072
     bf16: bool = False
@@ -87,13 +94,13 @@ class SAETrainingConfig:
         for name, smallest in least.items():
             if (value := getattr(self, name)) is not None and value < smallest:
                 raise ValueError(f"{name}={value} must be at least {smallest}.")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "outlier_ratio"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive.")
         for name in ("warmup_fraction", "decay_start", "k_annealing_fraction", "sparsity_warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
-        for name, known in {"parallel": PARALLEL, "lr_scheduler_type": SCHEDULES}.items():
+        for name, known in {"parallel": PARALLEL, "lr_scheduler_type": SCHEDULES, "decoder_init": INITS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Pass one of {', '.join(known)}.")
 

@@ -104,6 +104,14 @@ def test_rows_hold_prompt_answer_label_and_scalars(tmp_path):
     assert [row["text"][row["answer_start"] :] for row in cut] == list(rows["answer"])
 
 
+def test_each_question_gets_its_own_answer(tmp_path):
+    rows = generate(tmp_path / "store")
+    assert list(rows["question"]) == questions().texts
+    alone = LineGenerator(model(), tokenizer(), prompts_of(rows), max_new_tokens=NEW_TOKENS, share_prefix=False)
+    assert list(rows["answer"]) == [alone([row])[0].text.strip() for row in range(len(rows))]
+    assert len(set(rows["answer"])) > 5
+
+
 def test_right_answers_are_labelled_right(tmp_path):
     said = generate(tmp_path / "a")["answer"][0]
     known = questions()
@@ -129,14 +137,11 @@ def test_killed_runs_go_on_and_end_equal(tmp_path, monkeypatch, batches_before_k
         patch.setattr(answers_module, "LineGenerator", Killed)
         with pytest.raises(KeyboardInterrupt):
             generate(tmp_path / "killed")
-    counted = []
-    monkeypatch.setattr(
-        answers_module.LineGenerator,
-        "_prefill",
-        lambda self, length, inner=LineGenerator._prefill: counted.append(self) or inner(self, length),
-    )
+    inner, later = LineGenerator.__call__, []
+    monkeypatch.setattr(LineGenerator, "__call__", lambda self, rows: later.append(rows) or inner(self, rows))
     assert generate(tmp_path / "killed").to_dict() == whole.to_dict()
-    assert len(list((tmp_path / "killed").glob("*.arrow"))) == 1
+    assert len(later) == 4 - batches_before_kill
+    assert sorted(sum(calls + later, [])) == list(range(10))
 
 
 def test_done_batches_are_not_run_again(tmp_path, monkeypatch):
@@ -192,7 +197,7 @@ def test_questions_without_an_answer_are_left_out_with_a_warning(tmp_path, monke
     [
         ({"shots": [Shot("Which town is number 0", "Rome")]}, r"shots\[0\] is question 0, too"),
         ({"template": "Question:"}, r"template='Question:' has no \{question\}"),
-        ({"max_new_tokens": 250}, r"prompt|positions"),
+        ({"max_new_tokens": 250}, "the model has 256 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"batch_size": 0}, "batch_size=0"),
     ],

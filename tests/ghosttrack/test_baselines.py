@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_gradtools.ghosttrack import baselines
 from hf_gradtools.ghosttrack.baselines import (
@@ -24,14 +26,13 @@ STARTS = [len(prompt) for prompt in PROMPTS]
 
 @torch.no_grad()
 def scalars_one_by_one(causal_lm, text, start, tokens):
-    """The definition, token by token: characters of tokens are found by decoding longer and longer prefixes."""
+    """The definition, token by token; the tokens of this tokenizer are as long as their bytes."""
     ids = tokens(text)["input_ids"]
+    first_byte, read = len(text[:start].encode()), 0
     logprobs, entropies, count = [], [], 0
-    for place, token in enumerate(ids):
-        read = tokens.decode(ids[: place + 1], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
-        if len(read) <= start and (place + 1 < len(ids)) and text.isascii():
-            continue
-        if not text.isascii() and len(tokens.decode(ids[:place], skip_special_tokens=True)) < start - 1:
+    for place, (token, name) in enumerate(zip(ids, tokens.convert_ids_to_tokens(ids), strict=True)):
+        read += 0 if name == "<s>" else len(name)
+        if read <= first_byte:
             continue
         count += 1
         if place == 0:
@@ -156,14 +157,11 @@ def test_p_true_is_the_log_odds_of_the_next_token(kind):
         assert odds == pytest.approx((logprobs[continued[0][place]] - logprobs[continued[1][place]]).item(), rel=1e-9)
 
 
-def test_p_true_refuses_a_tokenizer_without_such_tokens(monkeypatch):
-    monkeypatch.setattr(baselines, "CLAIM_PROMPT", "{answer}\nIt is: Tr")
-    monkeypatch.setattr(baselines, "_first_tokens", lambda tokens, *_: first(tokens, "ue", "ue"))
-    with pytest.raises(ValueError, match="no single tokens in which 'ue' and 'ue' differ"):
-        p_true(model(), tokenizer(), ["a"])
-
-
-first = baselines._first_tokens
+def test_p_true_refuses_a_tokenizer_without_such_tokens():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="no single tokens in which ' True' and ' False' differ"):
+        p_true(model(), PreTrainedTokenizerFast(tokenizer_object=words), ["a"])
 
 
 def test_columns_are_added_to_a_data_set():

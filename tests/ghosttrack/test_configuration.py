@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
-from hf_gradtools.ghosttrack.configuration import SEED_SAE_OVERRIDES, GhostTrackConfig, find_config, shipped_configs
+from hf_gradtools.ghosttrack.config_sections import CHOICES, SEED_SAE_OVERRIDES, TrackingConfig
+from hf_gradtools.ghosttrack.configuration import GhostTrackConfig, find_config, shipped_configs
+from hf_gradtools.ghosttrack.configuration_detector import FEATURES
 from hf_gradtools.ghosttrack.layer_selection import format_layers, parse_layers, split_layers
 
 
@@ -44,10 +46,11 @@ def test_gpt2_files_say_what_the_seed_says(name, n_layers, d_model, d_hidden, ex
     )
     assert (config.extraction.max_length, config.sae_training.n_tokens, config.sae_training.epochs) == (512, 10**7, 20)
     training = config.sae_training
-    assert (training.optimizer, training.learning_rate, training.max_grad_norm) == ("adam", 1e-4, 1.0)
+    assert (training.learning_rate, training.max_grad_norm) == (1e-4, 1.0)
     tracking = config.tracking
-    assert (tracking.cosine_weight, tracking.activation_weight, tracking.position_weight) == (0.6, 0.2, 0.2)
-    assert (tracking.top_k, tracking.max_cost, tracking.birth_threshold) == (50, 0.5, 0.5)
+    assert tracking == TrackingConfig()
+    assert (tracking.weights, tracking.top_k, tracking.accept, tracking.birth) == ((0.6, 0.2, 0.2), 50, 0.5, 0.5)
+    assert (tracking.association, tracking.similarity) == ("hungarian", "decoder")
     assert (config.sae.activation, config.sae.k) == ("topk", 32)
 
 
@@ -86,9 +89,37 @@ def test_the_template_shows_every_key_with_its_default(tmp_path):
 
 
 def test_the_seeds_sae_can_be_asked_for():
-    sae = GhostTrackConfig.from_yaml("gpt2-small", SEED_SAE_OVERRIDES).sae
-    assert (sae.activation, sae.shared_threshold, sae.threshold_init) == ("jumprelu", True, 0.1)
-    assert (sae.sparsity_coefficient, sae.normalize_decoder) == (0.01, True)
+    config = GhostTrackConfig.from_yaml("gpt2-small", SEED_SAE_OVERRIDES)
+    sae = config.sae.to_config("gpt2")
+    assert (sae.activation, sae.shared_threshold, sae.threshold) == ("jumprelu", True, 0.1)
+    assert (sae.sparsity_penalty, sae.d_in, sae.d_sae, sae.model_name) == ("l1", 768, 4096, "gpt2")
+    assert sae.sparsity_coefficient * sae.d_sae == pytest.approx(0.01)  # of the mean over all features
+    training = config.sae_training.to_config("out", config.sae_training.batch_size)
+    assert (training.batch_tokens, training.epochs, training.learning_rate) == (256, 20, 1e-4)
+    assert (training.max_grad_norm, training.normalize_input, training.lr_scheduler_type) == (1.0, False, "constant")
+
+
+def test_every_training_key_reaches_the_trainer(tmp_path):
+    changed = {"epochs": 3, "learning_rate": 0.5, "max_grad_norm": None, "lr_scheduler_type": "constant",
+               "warmup_fraction": 0.3, "decay_start": 0.4, "normalize_input": False, "bf16": True,
+               "buffer_tokens": 77, "dead_after_tokens": 66, "save_steps": 55, "seed": 4}  # fmt: skip
+    config = GhostTrackConfig.from_yaml(write(tmp_path, {"sae_training": changed}))
+    training = config.sae_training.to_config("out", 12)
+    assert {name: getattr(training, name) for name in changed} == changed
+    assert set(config.to_dict()["sae_training"]) == {*changed, "n_tokens", "batch_size", "holdout"}
+
+
+def test_feature_sets_are_those_of_a_detector():
+    assert CHOICES["detection.features"] == FEATURES
+
+
+def test_data_sets_have_names(tmp_path):
+    config = GhostTrackConfig.from_yaml(write(tmp_path, {"detection": {"dataset": ["a/nq.jsonl", "b/trivia"]}}))
+    assert config.datasets == {"nq": "a/nq.jsonl", "trivia": "b/trivia"}
+    with pytest.raises(ValueError, match="two of one name"):
+        _ = GhostTrackConfig.from_yaml(write(tmp_path, {"detection": {"dataset": ["a/nq.jsonl", "b/nq"]}})).datasets
+    with pytest.raises(ValueError, match="detection.dataset=None names no labelled answers"):
+        _ = GhostTrackConfig.from_yaml(write(tmp_path)).datasets
 
 
 def test_smollm2_file_fits_the_model():
@@ -109,6 +140,13 @@ def test_smollm2_file_fits_the_model():
         ({"sae_training": {"learning_rate": float("nan")}}, "learning_rate=nan is out of range"),
         ({"sae": {"k": 65}}, "mine.yaml: sae.k=65 is more than sae.d_hidden=64 features."),
         ({"sae": {"d_model": 9}}, "mine.yaml: sae.d_model=9 is not model.d_model=8;"),
+        ({"tracking": {"association": "magic"}}, "mine.yaml: tracking.association='magic' is not known; need one of"),
+        ({"tracking": {"matching": "greedy"}}, "mine.yaml: tracking.matching='greedy' is no known key."),
+        ({"tracking": {"birth": -1}}, "mine.yaml: tracking.birth=-1.0 must be a finite number"),
+        ({"sae": {"sparsity_penalty": "l0"}}, "mine.yaml: sae.sparsity_penalty='l0' has a gradient for"),
+        ({"sae_training": {"holdout": 1.0}}, "sae_training.holdout=1.0 is not below 1. Write 0.02."),
+        ({"detection": {"features": ["latents", "latents"]}}, "detection.features=['latents', 'latents'] is empty or"),
+        ({"detection": {"features": ["latent"]}}, "detection.features=['latent'] is unknown; need one of latents"),
         ({"sae": {"activation": "tanh"}}, "sae.activation='tanh' is unknown; need one of topk, batchtopk, jumprelu"),
         ({"evaluation": {"folds": 1}}, "evaluation.folds=1 leaves nothing to train on"),
         ({"evaluation": {"confidence": 95}}, "evaluation.confidence=95.0 is not below 1. Write 0.95."),
@@ -145,10 +183,16 @@ def test_numbers_as_people_write_them(tmp_path):
 
 
 def test_overrides_apply_in_order(tmp_path):
-    overrides = ["sae.k=3", "extraction.layers=[0, 2]", "sae.k=5", "tracking.matching=none", "detection.dataset=a=b"]
+    overrides = [
+        "sae.k=3",
+        "extraction.layers=[0, 2]",
+        "sae.k=5",
+        "tracking.association=none",
+        "detection.dataset=a=b",
+    ]
     config = GhostTrackConfig.from_yaml(write(tmp_path), overrides)
     assert (config.sae.k, config.layers, config.hookpoints) == (5, [0, 2], ["layers.0", "layers.2"])
-    assert (config.tracking.matching, config.detection.dataset) == ("none", "a=b")
+    assert (config.tracking.association, config.detection.dataset) == ("none", "a=b")
 
 
 @pytest.mark.parametrize(
