@@ -42,7 +42,7 @@ def _areas() -> set[str]:
 
 
 def test_unknown_name_is_an_attribute_error_that_lists_the_known():
-    with pytest.raises(AttributeError, match="no attribute 'GhostDotProduct'; it has GhostDotProd,"):
+    with pytest.raises(AttributeError, match="no attribute 'GhostDotProduct'; it has ActivationStore,"):
         _ = hf_gradtools.GhostDotProduct
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_gradtools.core.atomic import atomic_write, rename_unless_there
 
@@ -117,7 +117,7 @@ class QuestionSet:
 
         questions = read_questions(*self._source, limit=self.limit, seed=self.seed)
         model, tokenizer = open_model(str(self.model))
-        options = {"max_new_tokens": self.max_new_tokens}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         rows = generate_answers(model, tokenizer, questions, parts / "answers", batch_size=self.batch_size, **options)
         if not len(rows):
             raise ValueError(
@@ -128,7 +128,7 @@ class QuestionSet:
             rows = balance(rows, self.wrong_per_right, self.seed)
         if self.samples:
             size = max(1, self.batch_size // self.samples)
-            more = {"num_samples": self.samples, "batch_size": size, "seed": self.seed}
+            more: dict[str, Any] = {"num_samples": self.samples, "batch_size": size, "seed": self.seed}
             rows = sample_answers(model, tokenizer, rows, parts / "samples", **more, **options)
         return rows
 

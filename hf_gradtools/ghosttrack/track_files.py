@@ -68,13 +68,15 @@ def load_tracks(path: str | os.PathLike[str], hypotheses: Hypotheses) -> StoredT
         width = arrays["track_id"].shape[2]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or holds no tracks ({error}). Delete it, and track again.") from error
-    cut = [array[:, :, :width] for array in (hypotheses.features, hypotheses.activations, hypotheses.positions)]
-    if described["layers"] != hypotheses.layers or cut[0].shape != arrays["track_id"].shape:
+    parts = (hypotheses.features, hypotheses.activations, hypotheses.positions)
+    features, activations, positions = (array[:, :, :width] for array in parts)
+    if described["layers"] != hypotheses.layers or features.shape != arrays["track_id"].shape:
         raise ValueError(
             f"{path} holds tracks {list(arrays['track_id'].shape)} of {described['layers']}; the hypotheses are "
             f"{list(hypotheses.features.shape)} of {hypotheses.layers}. Track again."
         )
-    tracks = Tracks(Hypotheses(*cut, hypotheses.lengths, hypotheses.layers), *(arrays[name] for name in ARRAYS))
+    strongest = Hypotheses(features, activations, positions, hypotheses.lengths, hypotheses.layers)
+    tracks = Tracks(strongest, *(arrays[name] for name in ARRAYS))
     return StoredTracks(tracks, {kind: (arrays[FEATURES + kind], names[kind]) for kind in FEATURE_SETS})
 
 

@@ -153,7 +153,9 @@ def push(options: PushOptions) -> None:
 
 def _model(options: CorpusOptions, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     assert options.model is not None  # options check it, or take it from autoencoders
-    return load_model(options.model, options.model_dtype).to(device).eval(), load_tokenizer(options.model)
+    model = load_model(options.model, options.model_dtype)
+    torch.nn.Module.to(model, device)  # transformers wraps .to() in a way that has no types
+    return model.eval(), load_tokenizer(options.model)
 
 
 def _sequences(options: CorpusOptions, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -19,6 +19,7 @@ class PartOfSource:
 
     def __init__(self, source: ActivationSource, start: int, end: int):
         self.source, self.start, self.num_tokens = source, start, end - start
+        self.dtype: torch.dtype = source.dtype
 
     @property
     def hookpoints(self) -> list[str]:
@@ -29,11 +30,6 @@ class PartOfSource:
     def hookpoints(self, names: list[str]) -> None:
         self.source = copy.copy(self.source)
         self.source.hookpoints = names
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-        return self.source.dtype
 
     def d_in(self, hookpoint: str) -> int:
         """Numbers in an activation at a hookpoint."""

@@ -14,10 +14,10 @@ from hf_gradtools.sae.sparse import SparseLatents, SparsePattern, decode, linear
 
 __all__ = [
     "auxk_loss",
-    "fraction_of_variance_unexplained",
     "gate_loss",
     "l1_penalty",
     "mean_squared_error",
+    "mean_variance",
     "prefix_reconstructions",
 ]
 
@@ -28,16 +28,16 @@ def mean_squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     return F.mse_loss(reconstruction.to(dtype), x.to(dtype))
 
 
-def fraction_of_variance_unexplained(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """‖x − x̂‖² over ‖x − mean(x)‖², summed over tokens: 0 is perfect, 1 no better than the mean.
+@torch.no_grad()
+def mean_variance(x: Tensor) -> Tensor:
+    """The variance of each dimension over tokens `[N, D]`, mean over dimensions; in float32 at least.
 
-    Args:
-        x (`Tensor`): `[N, D]`.
-        reconstruction (`Tensor`): `[N, D]`.
+    Taken in two passes without a copy, so best of tokens that are centred roughly: what their mean has in common with
+    zero is not lost in rounding.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, reconstruction = x.detach().to(dtype), reconstruction.detach().to(dtype)
-    return (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    mean_square = torch.linalg.vector_norm(x, dtype=dtype).square() / x.numel()
+    return mean_square - x.mean(0, dtype=dtype).square().mean()
 
 
 def l1_penalty(latents: SparseLatents, W_dec: Tensor) -> Tensor:

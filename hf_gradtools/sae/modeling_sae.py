@@ -17,10 +17,10 @@ from hf_gradtools.sae.activations import ENCODERS, Encoded
 from hf_gradtools.sae.configuration_sae import SAEConfig
 from hf_gradtools.sae.losses import (
     auxk_loss,
-    fraction_of_variance_unexplained,
     gate_loss,
     l1_penalty,
     mean_squared_error,
+    mean_variance,
     prefix_reconstructions,
 )
 from hf_gradtools.sae.sparse import SparseLatents, decode
@@ -133,7 +133,7 @@ class SAE(nn.Module):
             mse=errors[-1],
             sparsity=sparsity,
             auxk=auxk,
-            fvu=fraction_of_variance_unexplained(rows, reconstruction),
+            fvu=errors[-1].detach() / mean_variance(centred.detach()),
             l0=(encoded.latents.values.detach() > 0).sum() / max(1, len(rows)),
         )
 

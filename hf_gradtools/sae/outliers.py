@@ -1,6 +1,6 @@
-"""Massive activations: the few tokens, most of them attention sinks, whose hidden states are many times as long as all
-others and hold most of the variance. Trained on, they are what an autoencoder learns first; measured, they hide the rest.
+"""Massive activations: few tokens, most of them attention sinks, with hidden states many times as long as all others.
 
+They hold most of the variance: trained on, they are what an autoencoder learns first; measured, they hide the rest.
 Source:
     [Massive Activations in Large Language Models](https://arxiv.org/abs/2402.17762).
 """

@@ -16,7 +16,7 @@ from hf_gradtools.sae.sparse import SparsePattern
 __all__ = ["above", "largest_in_batch", "linear_top_k", "pre_activations", "top_k"]
 
 # The dense pre-activations of this many bytes are held at a time; they stay in a CPU's cache until they were searched.
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 GROUPS = (16, 8, 4, 2)
 ORDERED_AS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from hf_gradtools.core.atomic import atomic_write, write_json_atomically
 from hf_gradtools.ghosttrack.phases.common import (
@@ -132,7 +133,7 @@ def _cross_validate(
 
     section, rows = config.evaluation, data.rows
     fields: dict[str, dict[str, Any]] = {"scores": {}, "predicted": {}, "choices": {}}
-    for number, method in enumerate(methods):
+    for number, method in enumerate(tqdm(methods, desc="Evaluating methods")):
         file = folder / "methods" / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', method.name.lower()).strip('-')}.json"
         found = _read_method(file, identity)
         if found is None:
