@@ -17,9 +17,9 @@ import numpy as np
 from common import Variant, environment, markdown_table, time_interleaved
 from scipy.optimize import linear_sum_assignment
 
-from hf_gradtools.ghosttrack.features import detection_features
-from hf_gradtools.ghosttrack.hypotheses import Hypotheses
-from hf_gradtools.ghosttrack.tracking import TrackingConfig, track
+from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses
+from hf_gradtools.ghosttrack.tracking.track_features import detection_features
+from hf_gradtools.ghosttrack.tracking.tracking import TrackingConfig, track
 
 
 NEEDED = 20  # times faster than the loop

@@ -38,7 +38,7 @@ AUTO_CLASSES = {
 # Task: our pipeline, the Auto class of the models that it takes, and what goes in.
 PIPELINES = {
     "hallucination-detection": (
-        "hf_gradtools.ghosttrack.pipeline.HallucinationDetectionPipeline",
+        "hf_gradtools.ghosttrack.detection.pipeline.HallucinationDetectionPipeline",
         "AutoModelForSequenceClassification",
         "text",
     ),

@@ -9,27 +9,27 @@ from hf_gradtools.core.lazy import lazy_names
 
 
 _LAZY = {
-    "CrossValidation": "evaluation_results",
-    "DetectorConfig": "configuration_detector",
-    "DetectorOutput": "detector_outputs",
-    "GhostTrackConfig": "configuration",
-    "HallucinationDetectionPipeline": "pipeline",
-    "HallucinationDetector": "detector",
-    "Hypotheses": "hypotheses",
-    "Method": "evaluation",
-    "Reading": "reading",
-    "TrackingConfig": "tracking",
-    "Tracks": "tracking",
-    "cross_validate": "evaluation",
-    "detection_features": "features",
-    "fit_method": "evaluation",
-    "load_classifier": "classifier_files",
-    "make_classifier": "classifiers",
-    "plot_tracks": "track_plot",
-    "read_texts": "reading",
-    "save_classifier": "classifier_files",
-    "track": "tracking",
-    "write_dashboard": "report",
+    "CrossValidation": "evaluation.results",
+    "DetectorConfig": "detection.configuration_detector",
+    "DetectorOutput": "detection.detector_outputs",
+    "GhostTrackConfig": "settings.configuration",
+    "HallucinationDetectionPipeline": "detection.pipeline",
+    "HallucinationDetector": "detection.detector",
+    "Hypotheses": "tracking.hypotheses",
+    "Method": "evaluation.cross_validation",
+    "Reading": "reading.reading",
+    "TrackingConfig": "tracking.tracking",
+    "Tracks": "tracking.tracking",
+    "cross_validate": "evaluation.cross_validation",
+    "detection_features": "tracking.track_features",
+    "fit_method": "evaluation.cross_validation",
+    "load_classifier": "classifiers.classifier_files",
+    "make_classifier": "classifiers.recipes",
+    "plot_tracks": "report.track_plot",
+    "read_texts": "reading.reading",
+    "save_classifier": "classifiers.classifier_files",
+    "track": "tracking.tracking",
+    "write_dashboard": "report.dashboard",
 }
 
 __all__ = [
@@ -57,20 +57,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.classifier_files import load_classifier, save_classifier
-    from hf_gradtools.ghosttrack.classifiers import make_classifier
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.configuration_detector import DetectorConfig
-    from hf_gradtools.ghosttrack.detector import HallucinationDetector
-    from hf_gradtools.ghosttrack.detector_outputs import DetectorOutput
-    from hf_gradtools.ghosttrack.evaluation import Method, cross_validate, fit_method
-    from hf_gradtools.ghosttrack.evaluation_results import CrossValidation
-    from hf_gradtools.ghosttrack.features import detection_features
-    from hf_gradtools.ghosttrack.hypotheses import Hypotheses
-    from hf_gradtools.ghosttrack.pipeline import HallucinationDetectionPipeline
-    from hf_gradtools.ghosttrack.reading import Reading, read_texts
-    from hf_gradtools.ghosttrack.report import write_dashboard
-    from hf_gradtools.ghosttrack.track_plot import plot_tracks
-    from hf_gradtools.ghosttrack.tracking import TrackingConfig, Tracks, track
+    from hf_gradtools.ghosttrack.classifiers.classifier_files import load_classifier, save_classifier
+    from hf_gradtools.ghosttrack.classifiers.recipes import make_classifier
+    from hf_gradtools.ghosttrack.detection.configuration_detector import DetectorConfig
+    from hf_gradtools.ghosttrack.detection.detector import HallucinationDetector
+    from hf_gradtools.ghosttrack.detection.detector_outputs import DetectorOutput
+    from hf_gradtools.ghosttrack.detection.pipeline import HallucinationDetectionPipeline
+    from hf_gradtools.ghosttrack.evaluation.cross_validation import Method, cross_validate, fit_method
+    from hf_gradtools.ghosttrack.evaluation.results import CrossValidation
+    from hf_gradtools.ghosttrack.reading.reading import Reading, read_texts
+    from hf_gradtools.ghosttrack.report.dashboard import write_dashboard
+    from hf_gradtools.ghosttrack.report.track_plot import plot_tracks
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses
+    from hf_gradtools.ghosttrack.tracking.track_features import detection_features
+    from hf_gradtools.ghosttrack.tracking.tracking import TrackingConfig, Tracks, track
 
 __getattr__ = lazy_names(__name__, _LAZY)

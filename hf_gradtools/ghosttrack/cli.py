@@ -13,7 +13,7 @@ from hf_gradtools.workflow.terminal import one_line_errors, option, quiet
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 app = typer.Typer(
@@ -68,7 +68,7 @@ def run(config: Config, layers: Layers = None, overrides: Overrides = None, forc
     """All five phases on this machine; what is finished is skipped."""
     with _talking():
         settings = _read(config, overrides)
-        from hf_gradtools.ghosttrack.runner import run_pipeline
+        from hf_gradtools.ghosttrack.phases.runner import run_pipeline
 
         run_pipeline(settings, layers, force, on_summary=typer.echo)
 
@@ -101,7 +101,7 @@ def sbatch(
     """Write a Slurm job that runs all phases, the layers shared out over GPUs."""
     with one_line_errors():
         settings = _read(config, overrides)
-        from hf_gradtools.ghosttrack.sbatch import make_sbatch
+        from hf_gradtools.ghosttrack.phases.sbatch import make_sbatch
 
         script = make_sbatch(
             settings,
@@ -128,12 +128,12 @@ def write_config(
 ) -> None:
     """Write a configuration for a model: its width and depth filled in, all keys explained."""
     with one_line_errors():
-        from hf_gradtools.ghosttrack.configuration import find_config
+        from hf_gradtools.ghosttrack.settings.configuration import find_config
 
         if model is None:
             _write(find_config("template").read_text(encoding="utf-8"), output)
             return
-        from hf_gradtools.ghosttrack.config_template import template_for
+        from hf_gradtools.ghosttrack.settings.template import template_for
 
         _write(template_for(model), output)
 
@@ -157,7 +157,7 @@ def questions(
 ) -> None:
     """Make labelled answers: a model's own to questions, or true and false claims."""
     with _talking():
-        from hf_gradtools.ghosttrack.question_sets import QuestionSet
+        from hf_gradtools.ghosttrack.answers.question_sets import QuestionSet
 
         made = QuestionSet(
             task,
@@ -181,13 +181,13 @@ def questions(
 def _run(phase: str, config: str, layers: str | None, overrides: list[str] | None, force: bool) -> None:
     with _talking():
         settings = _read(config, overrides)
-        from hf_gradtools.ghosttrack.runner import run_phase
+        from hf_gradtools.ghosttrack.phases.runner import run_phase
 
         typer.echo(run_phase(phase, settings, layers, force))
 
 
 def _read(config: str, overrides: list[str] | None) -> GhostTrackConfig:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
     return GhostTrackConfig.from_yaml(config, overrides or ())
 

@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradtools.ghosttrack.batching import batches_by_length, check_lengths, forward_options, pad_token_of, padded
-from hf_gradtools.ghosttrack.spans import encode_answers
+from hf_gradtools.ghosttrack.reading.batching import (
+    batches_by_length,
+    check_lengths,
+    forward_options,
+    pad_token_of,
+    padded,
+)
+from hf_gradtools.ghosttrack.reading.spans import encode_answers
 from hf_gradtools.sae import hookpoints as hooks
 
 

@@ -56,4 +56,5 @@ class Inliers:
 
 
 def _far(x: Tensor, center: Tensor, radius: float) -> Tensor:
-    return (x - center).norm(dim=1) > radius
+    distances = (x - center).norm(dim=1)
+    return (distances > radius) & distances.isfinite()  # what is not finite stays, to be told of

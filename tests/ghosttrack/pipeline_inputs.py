@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 QUESTIONS = 40

@@ -6,8 +6,14 @@ import torch
 from datasets import Dataset
 
 from hf_gradtools.core.store import StoreMismatchError
-from hf_gradtools.ghosttrack import answers as answers_module
-from hf_gradtools.ghosttrack.answers import (
+from hf_gradtools.ghosttrack.answers import answering as answers_module
+from hf_gradtools.ghosttrack.answers.alias_matching import (
+    cluster_answers,
+    match_alias,
+    normalize_answer,
+    semantic_entropy,
+)
+from hf_gradtools.ghosttrack.answers.answering import (
     DEFAULT_SHOTS,
     Shot,
     balance,
@@ -16,9 +22,8 @@ from hf_gradtools.ghosttrack.answers import (
     sample_answers,
     without_shots,
 )
-from hf_gradtools.ghosttrack.generation import LineGenerator
-from hf_gradtools.ghosttrack.matching import cluster_answers, match_alias, normalize_answer, semantic_entropy
-from hf_gradtools.ghosttrack.questions import question_kind, read_questions
+from hf_gradtools.ghosttrack.answers.generation import LineGenerator
+from hf_gradtools.ghosttrack.answers.questions import question_kind, read_questions
 from tests.ghosttrack.tiny_answers import model, tokenizer
 
 

@@ -5,16 +5,16 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_gradtools.ghosttrack import baselines
-from hf_gradtools.ghosttrack.baselines import (
+from hf_gradtools.ghosttrack.probe_features import probe_features
+from hf_gradtools.ghosttrack.reading import answer_scalars as baselines
+from hf_gradtools.ghosttrack.reading.answer_scalars import (
     SUSPICIOUS_WHEN,
     add_baselines,
     answer_scalars,
     p_true,
     true_false_prompt,
 )
-from hf_gradtools.ghosttrack.probe_features import probe_features
-from hf_gradtools.ghosttrack.spans import encode_answers
+from hf_gradtools.ghosttrack.reading.spans import encode_answers
 from tests.ghosttrack.tiny_answers import build, model, tokenizer
 
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from hf_gradtools.ghosttrack.claims import join_claims, multiple_choice_claims, plain_claims
+from hf_gradtools.ghosttrack.answers.claims import join_claims, multiple_choice_claims, plain_claims
 
 
 def arc(count=20):

@@ -15,14 +15,14 @@ import scipy.sparse as sp
 from safetensors.numpy import load, load_file, save
 from sklearn import decomposition, ensemble, feature_selection, linear_model, preprocessing
 
-from hf_gradtools.ghosttrack.classifier_files import (
+from hf_gradtools.ghosttrack.classifiers.classifier_files import (
     CLASSIFIER_ARRAYS,
     CLASSIFIER_JSON,
     load_classifier,
     save_classifier,
 )
-from hf_gradtools.ghosttrack.classifiers import make_classifier, univariate_scores
-from hf_gradtools.ghosttrack.frozen import FrozenEnsemble, FrozenLinear, FrozenTrees
+from hf_gradtools.ghosttrack.classifiers.frozen import FrozenEnsemble, FrozenLinear, FrozenTrees
+from hf_gradtools.ghosttrack.classifiers.recipes import make_classifier, univariate_scores
 
 
 QUICK = {
@@ -167,8 +167,8 @@ def test_without_scikit_learn_fitting_names_the_extra_and_saved_ones_predict(tmp
     script = (
         "import sys, numpy as np\n"
         "sys.modules['sklearn'] = sys.modules['scipy'] = None\n"
-        "from hf_gradtools.ghosttrack.classifier_files import load_classifier\n"
-        "from hf_gradtools.ghosttrack.classifiers import make_classifier\n"
+        "from hf_gradtools.ghosttrack.classifiers.classifier_files import load_classifier\n"
+        "from hf_gradtools.ghosttrack.classifiers.recipes import make_classifier\n"
         "rows = np.load(sys.argv[1] + '/rows.npy')\n"
         "print(load_classifier(sys.argv[1]).scores(rows).shape)\n"
         "try: make_classifier('random_forest').fit(rows, np.arange(len(rows)) % 2)\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gradtools.ghosttrack.coactivation import (
+from hf_gradtools.ghosttrack.tracking.coactivation import (
     STATISTICS,
     CoactivationCounts,
     CoactivationSimilarity,

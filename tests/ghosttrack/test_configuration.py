@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
-from hf_gradtools.ghosttrack.config_sections import CHOICES, SEED_SAE_OVERRIDES, TrackingConfig
-from hf_gradtools.ghosttrack.configuration import GhostTrackConfig, find_config, shipped_configs
-from hf_gradtools.ghosttrack.configuration_detector import FEATURES
-from hf_gradtools.ghosttrack.layer_selection import format_layers, parse_layers, split_layers
+from hf_gradtools.ghosttrack.detection.configuration_detector import FEATURES
+from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig, find_config, shipped_configs
+from hf_gradtools.ghosttrack.settings.layer_selection import format_layers, parse_layers, split_layers
+from hf_gradtools.ghosttrack.settings.sections import CHOICES, SEED_SAE_OVERRIDES, TrackingConfig
 
 
 MINIMAL = {
@@ -244,7 +244,7 @@ def test_a_model_of_another_shape_is_named(model, message):
 def test_without_yaml_the_extra_is_named():
     code = (
         "import sys; sys.modules['yaml'] = None\n"
-        "from hf_gradtools.ghosttrack.configuration import GhostTrackConfig\n"
+        "from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig\n"
         "try: GhostTrackConfig.from_yaml('gpt2-small')\n"
         "except ImportError as error: print(error)"
     )

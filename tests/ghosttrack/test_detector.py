@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
 from hf_gradtools.ghosttrack import DetectorConfig, HallucinationDetector, Method, detection_features, track
-from hf_gradtools.ghosttrack.frozen import FrozenLinear
+from hf_gradtools.ghosttrack.classifiers.frozen import FrozenLinear
 from hf_gradtools.sae import save_many
 from tests.ghosttrack.tiny_detection import FEATURES, HOOKPOINTS, load, make_detector, make_saes, make_texts
 

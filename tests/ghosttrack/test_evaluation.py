@@ -10,10 +10,10 @@ import pytest
 import scipy.sparse as sp
 from sklearn import metrics
 
-from hf_gradtools.ghosttrack.classifiers import make_classifier
-from hf_gradtools.ghosttrack.evaluation import Method, cross_validate, fit_method
-from hf_gradtools.ghosttrack.folds import grouped_folds
-from hf_gradtools.ghosttrack.statistics import (
+from hf_gradtools.ghosttrack.classifiers.recipes import make_classifier
+from hf_gradtools.ghosttrack.evaluation.cross_validation import Method, cross_validate, fit_method
+from hf_gradtools.ghosttrack.evaluation.folds import grouped_folds
+from hf_gradtools.ghosttrack.evaluation.statistics import (
     auroc,
     best_threshold,
     bootstrap_auroc,

@@ -10,9 +10,9 @@ from statistics import fmean, pstdev
 import numpy as np
 import pytest
 
-from hf_gradtools.ghosttrack.features import detection_features
-from hf_gradtools.ghosttrack.hypotheses import Hypotheses
-from hf_gradtools.ghosttrack.tracking import TrackingConfig, Tracks, track
+from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses
+from hf_gradtools.ghosttrack.tracking.track_features import detection_features
+from hf_gradtools.ghosttrack.tracking.tracking import TrackingConfig, Tracks, track
 from tests.ghosttrack.test_tracking import make
 
 

@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_gradtools.cli import app
-from hf_gradtools.ghosttrack import runner
-from hf_gradtools.ghosttrack.config_template import template_for
-from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-from hf_gradtools.ghosttrack.detection_rows import NEEDED, DetectionRows
+from hf_gradtools.ghosttrack.answers.detection_rows import NEEDED, DetectionRows
+from hf_gradtools.ghosttrack.answers.question_sets import QuestionSet
+from hf_gradtools.ghosttrack.phases import runner
 from hf_gradtools.ghosttrack.phases.common import PhaseSummary
-from hf_gradtools.ghosttrack.question_sets import QuestionSet
-from hf_gradtools.ghosttrack.sbatch import PHASES
+from hf_gradtools.ghosttrack.phases.sbatch import PHASES
+from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
+from hf_gradtools.ghosttrack.settings.template import template_for
 from tests.ghosttrack.pipeline_inputs import make_config, write_answers, write_texts
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gradtools.ghosttrack.hypotheses import Hypotheses, top_hypotheses, top_hypotheses_dense
+from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses, top_hypotheses, top_hypotheses_dense
 
 
 def by_loop(latents, text_offsets, k):

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gradtools.ghosttrack.comparison import ABLATIONS, LATENTS, PROBE
-from hf_gradtools.ghosttrack.detector import HallucinationDetector
+from hf_gradtools.ghosttrack.detection.detector import HallucinationDetector
+from hf_gradtools.ghosttrack.evaluation.comparison import ABLATIONS, LATENTS, PROBE
 from hf_gradtools.ghosttrack.phases import common, evaluate, track
 from hf_gradtools.ghosttrack.phases.dashboard import choose_cases
 from hf_gradtools.ghosttrack.phases.detect import detector_folder
+from hf_gradtools.ghosttrack.phases.runner import run_phase, run_pipeline
 from hf_gradtools.ghosttrack.phases.train import SourcePart
-from hf_gradtools.ghosttrack.runner import run_phase, run_pipeline
+from hf_gradtools.ghosttrack.reading import reading_files
+from hf_gradtools.ghosttrack.tracking import track_files
 from hf_gradtools.sae import trainer as sae_trainer
 from hf_gradtools.sae.checkpoints import LearnerCheckpoints
 from tests.ghosttrack.pipeline_inputs import (
@@ -167,9 +169,9 @@ def test_tracking_that_was_killed_goes_on(run, copied, monkeypatch, place):
     config = copied("models")
     with monkeypatch.context() as patch:
         if place == "read":
-            interrupted_at(patch, importlib.import_module("hf_gradtools.ghosttrack.reading_files"), "_write", 1)
+            interrupted_at(patch, reading_files, "_write", 1)
         elif place == "save_tracks":
-            interrupted_at(patch, importlib.import_module("hf_gradtools.ghosttrack.track_files"), "save_tracks", 3)
+            interrupted_at(patch, track_files, "save_tracks", 3)
         else:
             interrupted_at(patch, track, "finish", 1)
         with pytest.raises(KeyboardInterrupt):
@@ -186,7 +188,7 @@ def test_evaluation_that_was_killed_goes_on(run, copied, monkeypatch):
     for name in ("finished.json", "evaluation.json", "dashboard.html", "methods/02-perplexity.json"):
         (folder / name).unlink()
     (folder / "methods/05-sae-latents-all-layers.json").write_text('{"identity": "of other settings"}')
-    module = importlib.import_module("hf_gradtools.ghosttrack.evaluation")
+    module = importlib.import_module("hf_gradtools.ghosttrack.evaluation.cross_validation")
     with monkeypatch.context() as patch:
         interrupted_at(patch, module, "cross_validate", 2)
         with pytest.raises(KeyboardInterrupt):

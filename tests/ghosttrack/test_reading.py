@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_gradtools.ghosttrack.reading import Reading, read_texts
+from hf_gradtools.ghosttrack.reading.reading import Reading, read_texts
 from tests.ghosttrack.tiny_detection import FEATURES, HOOKPOINTS, PROMPT, load, make_saes, make_texts
 
 

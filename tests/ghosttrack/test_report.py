@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score
 
-from hf_gradtools.ghosttrack.charts import format_number, interval_plot, roc_curve, roc_plot, score_histogram
-from hf_gradtools.ghosttrack.report import plot_tracks, write_dashboard
+from hf_gradtools.ghosttrack.report.charts import format_number, interval_plot, roc_curve, roc_plot, score_histogram
+from hf_gradtools.ghosttrack.report.dashboard import plot_tracks, write_dashboard
 
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&"

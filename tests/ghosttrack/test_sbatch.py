@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_gradtools.ghosttrack.configuration import GhostTrackConfig, parse_layers
-from hf_gradtools.ghosttrack.sbatch import PHASES, make_sbatch
+from hf_gradtools.ghosttrack.phases.sbatch import PHASES, make_sbatch
+from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig, parse_layers
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "ghosttrack"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_gradtools.ghosttrack.similarity import (
+from hf_gradtools.ghosttrack.tracking.similarity import (
     DecoderSimilarity,
     activation_change,
     association_cost,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from hf_gradtools.ghosttrack.hypotheses import Hypotheses
-from hf_gradtools.ghosttrack.tracking import ASSOCIATIONS, TrackingConfig, TrackStep, track
+from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses
+from hf_gradtools.ghosttrack.tracking.tracking import ASSOCIATIONS, TrackingConfig, TrackStep, track
 
 
 WIDTH, FEATURES = 5, 9

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_gradtools.ghosttrack.configuration_detector import DetectorConfig
-from hf_gradtools.ghosttrack.detector import HallucinationDetector
+from hf_gradtools.ghosttrack.detection.configuration_detector import DetectorConfig
+from hf_gradtools.ghosttrack.detection.detector import HallucinationDetector
 from hf_gradtools.sae.configuration_sae import SAEConfig
 from hf_gradtools.sae.modeling_sae import SAE
 

@@ -1,7 +1,7 @@
 """Trains in a child process that is killed again and again; started by test_trainer.py as a script.
 
 The parent imports everything once and forks, so an attempt costs no import. It tells the newest step on disk after
-each kill.
+each kill, and ends with a run that is not killed.
 """
 
 from __future__ import annotations
@@ -51,23 +51,28 @@ def run(path: Path) -> None:
 
 
 def main(path: Path, kills: int, seconds: float) -> None:
-    """Kills at moments up to half the `seconds` that a whole run takes, while there is something to kill."""
-    moments = random.Random(str(path))
-    for kill in range(kills + 1):
+    """Kills so often, at moments up to half the `seconds` that a run takes; after one that ended, another begins."""
+    moments, number = random.Random(str(path)), 0
+    while True:
+        folder = path / str(number) / "saes"
         child = os.fork()
         if child == 0:
             os.close(2)
             os.open(os.devnull, os.O_WRONLY)
-            run(path)
+            run(folder)
             os._exit(0)
-        if kill < kills:
+        if kills:
             time.sleep(moments.uniform(0.0, seconds / 2))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        if kill < kills:
-            steps = sorted(int(file.stem[5:]) for file in path.glob("checkpoints/*/step-*.safetensors"))
-            print("killed" if os.WIFSIGNALED(status) else "ended", max(steps, default=0))
-    sys.exit(os.waitstatus_to_exitcode(status))
+        if os.WIFSIGNALED(status):
+            steps = [int(file.stem[5:]) for file in folder.glob("checkpoints/*/step-*.safetensors")]
+            print(max(steps, default=0))
+            kills -= 1
+        elif status or not kills:
+            sys.exit(os.waitstatus_to_exitcode(status))
+        else:
+            number += 1
 
 
 if __name__ == "__main__":

@@ -110,35 +110,32 @@ def test_few_steps_are_taken_when_max_steps_says_so(tmp_path):
 
 
 def killed(tmp_path, kills):
-    """The files of an uninterrupted run and of one that was killed, and the newest step on disk after each kill."""
+    """The files of an uninterrupted run, of those that were killed, and the newest step on disk after each kill."""
     killed_training.run(tmp_path / "warm" / "saes")
     start = time.time()
     killed_training.run(tmp_path / "whole" / "saes")
     seconds = time.time() - start
-    command = [sys.executable, "-m", "tests.sae.killed_training", tmp_path / "killed" / "saes", kills, seconds]
+    command = [sys.executable, "-m", "tests.sae.killed_training", tmp_path / "killed", kills, seconds]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    steps = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("killed")]
-    return files_of(tmp_path / "whole"), files_of(tmp_path / "killed"), steps
+    resumed = [files_of(folder) for folder in (tmp_path / "killed").iterdir()]
+    return files_of(tmp_path / "whole"), resumed, list(map(int, done.stdout.split()))
 
 
 def test_a_killed_and_resumed_training_gives_the_same_files(tmp_path):
     whole, resumed, steps = killed(tmp_path, kills=3)
-    assert steps
+    assert len(steps) == 3
     assert len(whole) == 3 * 3 + 1
-    assert resumed == whole
+    assert all(files == whole for files in resumed)
 
 
 @pytest.mark.slow
-def test_twenty_killed_trainings(tmp_path):
-    """Seven times as killed as the test above."""
-    found = [killed(tmp_path / str(number), kills=4) for number in range(7)]
-    steps = [step for _, _, some in found for step in some]
-    assert len(steps) >= 20
-    assert sum(step > 0 for step in steps) >= 10  # killed in the midst of it
-    assert len(set(steps)) >= 5
-    for whole, resumed, _ in found:
-        assert resumed == whole
+def test_twenty_kills(tmp_path):
+    whole, resumed, steps = killed(tmp_path, kills=20)
+    assert len(steps) == 20
+    assert sum(step > 0 for step in steps) >= 8  # killed in the midst of it
+    assert len(set(steps)) >= 4
+    assert all(files == whole for files in resumed)
 
 
 class Stopped(Exception):
@@ -264,7 +261,7 @@ def test_figures_are_logged_and_sent_to_trackers(tmp_path):
     assert recorder.config["batch_tokens"] == 64
     assert recorder.ended
     first, last = trainer.log_history[0], trainer.log_history[-1]
-    assert last["layers.0/fvu"] < first["layers.0/fvu"] < 1.5
+    assert all(0 < entry["layers.0/fvu"] < 1 for entry in (first, last))
     assert first["layers.1/l0"] <= 2
     assert 0 < last["layers.0/dead"] < 1
     assert last["tokens"] == 640

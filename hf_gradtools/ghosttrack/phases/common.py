@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_gradtools.core.atomic import write_json_atomically
-from hf_gradtools.ghosttrack.layer_selection import format_layers, parse_layers
+from hf_gradtools.ghosttrack.settings.layer_selection import format_layers, parse_layers
 from hf_gradtools.sae.training_config import differing
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 __all__ = [

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_gradtools.ghosttrack.comparison import (
+from hf_gradtools.ghosttrack.evaluation.comparison import (
     ENLARGED,
     LATENTS,
     LATENTS_AND_TRACKS,
     SEED,
     ablation_rows,
 )
-from hf_gradtools.ghosttrack.report import write_dashboard
+from hf_gradtools.ghosttrack.report.dashboard import write_dashboard
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.evaluation_results import CrossValidation, MethodMetrics
+    from hf_gradtools.ghosttrack.evaluation.results import CrossValidation, MethodMetrics
     from hf_gradtools.ghosttrack.phases.track import TrackedData
-    from hf_gradtools.ghosttrack.tracking import Tracks
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.tracking.tracking import Tracks
 
 
 __all__ = ["METHOD_OF", "choose_cases", "dashboard_of"]

@@ -25,8 +25,8 @@ from hf_gradtools.ghosttrack.phases.track import TrackedData, load_saes, load_tr
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.detector import HallucinationDetector
+    from hf_gradtools.ghosttrack.detection.detector import HallucinationDetector
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
     from hf_gradtools.sae.modeling_sae import SAE
 
 
@@ -100,8 +100,8 @@ def _unfitted(
 ) -> HallucinationDetector:
     from transformers import AutoTokenizer
 
-    from hf_gradtools.ghosttrack.configuration_detector import DetectorConfig
-    from hf_gradtools.ghosttrack.detector import HallucinationDetector
+    from hf_gradtools.ghosttrack.detection.configuration_detector import DetectorConfig
+    from hf_gradtools.ghosttrack.detection.detector import HallucinationDetector
 
     tracking, section = config.tracking, config.detection
     maps = transport_maps(data.reading) if tracking.similarity == "transported" else None

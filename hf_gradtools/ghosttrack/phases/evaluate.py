@@ -32,9 +32,9 @@ from hf_gradtools.ghosttrack.phases.track import TrackedData, load_tracked
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.evaluation import Method
-    from hf_gradtools.ghosttrack.evaluation_results import CrossValidation
+    from hf_gradtools.ghosttrack.evaluation.cross_validation import Method
+    from hf_gradtools.ghosttrack.evaluation.results import CrossValidation
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 __all__ = ["evaluate_detectors", "write_dashboards"]
@@ -109,7 +109,7 @@ def _identity(config: GhostTrackConfig, data: TrackedData) -> dict[str, Any]:
 
 def _compare(config: GhostTrackConfig, data: TrackedData, folder: Path, identity: dict[str, Any]) -> CrossValidation:
     """All methods on the same folds; those that an earlier run finished are read."""
-    from hf_gradtools.ghosttrack.comparison import baseline_methods, detector_methods
+    from hf_gradtools.ghosttrack.evaluation.comparison import baseline_methods, detector_methods
 
     classifier = config.detection.classifier
     classifiers = dict.fromkeys(config.detectors, classifier) if classifier else {}
@@ -126,10 +126,10 @@ def _cross_validate(
     folder: Path,
     identity: dict[str, Any],
 ) -> CrossValidation:
-    from hf_gradtools.ghosttrack.comparison import LATENTS, PROBE
-    from hf_gradtools.ghosttrack.evaluation import cross_validate
-    from hf_gradtools.ghosttrack.evaluation_results import CrossValidation
-    from hf_gradtools.ghosttrack.folds import grouped_folds
+    from hf_gradtools.ghosttrack.evaluation.comparison import LATENTS, PROBE
+    from hf_gradtools.ghosttrack.evaluation.cross_validation import cross_validate
+    from hf_gradtools.ghosttrack.evaluation.folds import grouped_folds
+    from hf_gradtools.ghosttrack.evaluation.results import CrossValidation
 
     section, rows = config.evaluation, data.rows
     fields: dict[str, dict[str, Any]] = {"scores": {}, "predicted": {}, "choices": {}}
@@ -175,7 +175,7 @@ def _read_method(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(config: GhostTrackConfig, data: TrackedData, result: CrossValidation, folder: Path) -> None:
-    from hf_gradtools.ghosttrack.comparison import ablation_rows
+    from hf_gradtools.ghosttrack.evaluation.comparison import ablation_rows
 
     ablations = ablation_rows(result)
     write_json_atomically(

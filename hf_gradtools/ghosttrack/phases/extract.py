@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 __all__ = ["extract_hidden_states"]

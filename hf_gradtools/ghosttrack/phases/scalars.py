@@ -14,8 +14,8 @@ from hf_gradtools.ghosttrack.phases.common import load_language_model
 
 
 if TYPE_CHECKING:
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.detection_rows import DetectionRows
+    from hf_gradtools.ghosttrack.answers.detection_rows import DetectionRows
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
 
 
 __all__ = ["answer_scalars_of", "halving"]
@@ -32,7 +32,12 @@ def answer_scalars_of(config: GhostTrackConfig, data: DetectionRows, folder: Pat
     """
     from safetensors.numpy import load_file, save
 
-    from hf_gradtools.ghosttrack.baselines import SUSPICIOUS_WHEN, answer_scalars, p_true, true_false_prompt
+    from hf_gradtools.ghosttrack.reading.answer_scalars import (
+        SUSPICIOUS_WHEN,
+        answer_scalars,
+        p_true,
+        true_false_prompt,
+    )
 
     file = folder / "scalars.safetensors"
     if not file.exists():

@@ -29,10 +29,10 @@ from hf_gradtools.ghosttrack.phases.common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
-    from hf_gradtools.ghosttrack.detection_rows import DetectionRows
-    from hf_gradtools.ghosttrack.reading import Reading
-    from hf_gradtools.ghosttrack.track_files import StoredTracks
+    from hf_gradtools.ghosttrack.answers.detection_rows import DetectionRows
+    from hf_gradtools.ghosttrack.reading.reading import Reading
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.tracking.track_files import StoredTracks
     from hf_gradtools.sae.modeling_sae import SAE
 
 
@@ -99,7 +99,7 @@ def track_hypotheses(config: GhostTrackConfig, layers: Layers = None, force: boo
         model, tokenizer = load_language_model(config)
         saes = {name: sae.to(model.device) for name, sae in load_saes(config, hookpoints).items()}
     for name in todo:
-        from hf_gradtools.ghosttrack.reading import read_texts
+        from hf_gradtools.ghosttrack.reading.reading import read_texts
 
         reading = read_texts(
             model,
@@ -129,7 +129,7 @@ def associations(config: GhostTrackConfig) -> list[str]:
 
 def load_rows_of(config: GhostTrackConfig, name: str) -> DetectionRows:
     """One of the configuration's data sets."""
-    from hf_gradtools.ghosttrack.detection_rows import DetectionRows
+    from hf_gradtools.ghosttrack.answers.detection_rows import DetectionRows
 
     return DetectionRows.load(name, config.datasets[name], config.detection.split)
 
@@ -160,8 +160,8 @@ def load_tracked(config: GhostTrackConfig, hookpoints: Sequence[str], name: str)
     Raises:
         ValueError: it is not finished, damaged, or was made with other settings.
     """
-    from hf_gradtools.ghosttrack.reading import Reading
-    from hf_gradtools.ghosttrack.track_files import load_tracks
+    from hf_gradtools.ghosttrack.reading.reading import Reading
+    from hf_gradtools.ghosttrack.tracking.track_files import load_tracks
 
     rows, folder = load_rows_of(config, name), results_folder(config.tracking_folder, name, config, hookpoints)
     identity = _identity(config, hookpoints, rows)
@@ -174,8 +174,8 @@ def load_tracked(config: GhostTrackConfig, hookpoints: Sequence[str], name: str)
 
 def _track(config: GhostTrackConfig, saes: Mapping[str, SAE], reading: Reading, folder: Path) -> None:
     """Writes the tracks by each association that are not there yet."""
-    from hf_gradtools.ghosttrack.track_files import save_tracks
-    from hf_gradtools.ghosttrack.tracking import track
+    from hf_gradtools.ghosttrack.tracking.track_files import save_tracks
+    from hf_gradtools.ghosttrack.tracking.tracking import track
 
     missing = [kind for kind in associations(config) if not _tracks_file(folder, kind).exists()]
     if not missing:
@@ -200,7 +200,7 @@ def _similarity_options(config: GhostTrackConfig, saes: Mapping[str, SAE], readi
 
 def transport_maps(reading: Reading) -> list[np.ndarray]:
     """Procrustes maps between neighbouring layers, from the mean hidden states of the texts."""
-    from hf_gradtools.ghosttrack.similarity import procrustes
+    from hf_gradtools.ghosttrack.tracking.similarity import procrustes
 
     states, names = reading.hidden["mean"], reading.hookpoints
     return [procrustes(states[left], states[right]) for left, right in zip(names[:-1], names[1:], strict=True)]
@@ -210,7 +210,7 @@ def _coactivation(config: GhostTrackConfig, saes: Mapping[str, SAE], pairs: Sequ
     """Counted over the first hidden states on disk."""
     import torch
 
-    from hf_gradtools.ghosttrack.coactivation import CoactivationCounts
+    from hf_gradtools.ghosttrack.tracking.coactivation import CoactivationCounts
     from hf_gradtools.sae.store import ActivationStore
 
     source = ActivationStore.open(config.hidden_states_folder()).source(list(saes))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from hf_gradtools.ghosttrack.configuration import GhostTrackConfig
+    from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
     from hf_gradtools.sae.modeling_sae import SAE
     from hf_gradtools.sae.shuffling import ActivationSource
     from hf_gradtools.sae.store import ActivationStore

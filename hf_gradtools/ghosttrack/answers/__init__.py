@@ -1,0 +1,1 @@
+"""Labelled answers: a model's own to questions, and true and false claims; what a detector learns from."""

@@ -1,0 +1,1 @@
+"""A fair test: folds that keep questions whole, baselines, intervals, paired differences."""

@@ -1,0 +1,1 @@
+"""Dashboards and plots of tracks: HTML and SVG as text."""

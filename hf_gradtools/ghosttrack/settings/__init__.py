@@ -1,0 +1,1 @@
+"""The YAML configuration of a run: read strictly, checked against the model."""

@@ -1,0 +1,1 @@
+"""Features tracked through the layers: arrays in, arrays out."""
