@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-__all__ = ["data_directions", "encoder_scale", "geometric_median", "unit_scale"]
+__all__ = ["data_directions", "encoder_scale", "geometric_median", "scale_below_thresholds", "unit_scale"]
 
 
 def geometric_median(x: Tensor, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -77,3 +80,24 @@ def encoder_scale(x: Tensor, reconstruction: Tensor) -> float:
     length = float(reconstruction.double().square().sum())
     factor = float((x.double() * reconstruction.double()).sum()) / length if length else 0.0
     return factor if factor > 0 else 1.0
+
+
+def scale_below_thresholds(x: Tensor, reconstruct: Callable[[float], Tensor], steps: int = 12) -> float:
+    """The scale of an encoder at which reconstructions are as long as `x`, where thresholds do not scale with it.
+
+    Features fall below them as the encoder shrinks, so that [`encoder_scale`] would leave none: found by bisection.
+
+    Args:
+        x (`Tensor`): `[N, D]`, centred.
+        reconstruct (`Callable`): centred reconstructions `[N, D]` with the encoder times a scale.
+        steps (`int`, defaults to 12): halvings of the logarithm of 10⁹.
+    """
+    low, high = 1e-6, 1e3
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        reconstruction = reconstruct(middle).double()
+        if float((reconstruction * (reconstruction - x)).sum()) > 0:  # longer than their projection on x
+            high = middle
+        else:
+            low = middle
+    return high

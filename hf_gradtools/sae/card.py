@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def write_sae_card(
             + [figures[name].get(column, "") for column in shown]
             for name, config in configs.items()
         ],
-        legend=[FIGURES[column][2] for column in shown if column in FIGURES],
+        legend=[FIGURES[column][2] for column in shown if column in FIGURES] + _left_out(configs.values(), shown),
         code=_code(repo_id, *next(iter(configs.items()))),
         version=__version__,
     )
@@ -111,6 +111,18 @@ def _figures(config: SAEConfig) -> dict[str, str]:
     }
     tokens = _mapping(config.metadata.get("training")).get("tokens")
     return texts | ({TRAINED_ON: f"{tokens:,} tokens"} if _is_number(tokens) else {})
+
+
+def _left_out(configs: Iterable[SAEConfig], shown: Sequence[str]) -> list[str]:
+    """Which tokens the evaluation that training ends with does not count."""
+    training = [_mapping(config.metadata.get("training")) for config in configs]
+    ratios = {options["outlier_ratio"] for options in training if _is_number(options.get("outlier_ratio"))}
+    if not ratios or "FVU" not in shown:
+        return []
+    listed = " or ".join(f"{ratio:g}" for ratio in sorted(ratios))
+    return [
+        f"Left out, in training too: hidden states more than {listed} times as far from the median as half of all."
+    ]
 
 
 def _code(repo_id: str, name: str, config: SAEConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from hf_gradtools.core.atomic import write_json_atomically
 from hf_gradtools.sae.learner import Learner
 from hf_gradtools.sae.modeling_sae import SAE
-from hf_gradtools.sae.saving import _refresh_card, _write_pairs
+from hf_gradtools.sae.saving import refresh_card, write_pairs
 from hf_gradtools.sae.training_config import differing
 
 
@@ -40,14 +40,16 @@ class LearnerCheckpoints:
         self.output_dir, self.writes = output_dir, writes
 
     def save(self, learners: Mapping[str, Learner], step: int, identity: Identity) -> None:
-        """Writes the state of each learner, and removes what is older than its last two."""
+        """Writes the state of each learner, and keeps the last two of each alone."""
         if not self.writes:
             return
         for name, learner in learners.items():
             learner.save(self._file(name, step), identity(name))
         for name in learners:
-            for older in sorted(self._steps(name))[:-2]:
-                self._file(name, older).unlink(missing_ok=True)
+            steps = sorted(self._steps(name))
+            kept = [done for done in steps if done <= step][-2:]
+            for other in set(steps).difference(kept):  # also later ones, of a run that went on without the others
+                self._file(name, other).unlink(missing_ok=True)
 
     def load_newest(self, learners: Mapping[str, Learner], identity: Identity) -> int:
         """Puts all learners into the newest state that all have; returns its step, 0 if there is none."""
@@ -63,14 +65,14 @@ class LearnerCheckpoints:
         """Writes a finished autoencoder, and removes its checkpoints."""
         if not self.writes:
             return
-        _write_pairs([sae], self.output_dir)
+        write_pairs([sae], self.output_dir)
         self._folder(hookpoint).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self._folder(hookpoint) / FINISHED, identity(hookpoint))
         self._remove_steps(hookpoint)
 
     def write_card(self) -> None:
         """Writes the card of all finished autoencoders; for one process, once they are there."""
-        _refresh_card(self.output_dir)
+        refresh_card(self.output_dir)
 
     def finished(self, hookpoints: Iterable[str], identity: Identity) -> dict[str, SAE]:
         """The autoencoders that an earlier run finished.

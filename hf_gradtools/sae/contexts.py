@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_gradtools.core.inference import evaluating
+from hf_gradtools.sae.fitting import check_any, check_fit
 from hf_gradtools.sae.modeling_sae import SAE
+from hf_gradtools.sae.shuffling import ActivationSource
 from hf_gradtools.sae.store import ActivationStore
-from hf_gradtools.sae.streaming import ActivationSource, ModelActivations, _evaluating
+from hf_gradtools.sae.streaming import ModelActivations
 
 
 if TYPE_CHECKING:
@@ -169,19 +172,14 @@ class _Search:
         features: Sequence[int] | None,
         progress: bool,
     ) -> dict[str, FeatureContexts]:
+        check_fit(saes, source)
         per = sequences.shape[1] - skip
         found = {}
         for name, sae in saes.items():
-            if source.d_in(name) != sae.config.d_in:
-                raise ValueError(
-                    f"saes[{name!r}] has d_in={sae.config.d_in}, the activations there have {source.d_in(name)}. "
-                    "Pass the autoencoder that was trained at this hookpoint."
-                )
             chosen = torch.arange(sae.config.d_sae) if features is None else torch.tensor(list(features))
             found[name] = _Found(self, sae, chosen, per)
         with ExitStack() as stack:
-            for sae in saes.values():
-                stack.enter_context(_evaluating(sae))
+            stack.enter_context(evaluating(*saes.values()))
             bar = stack.enter_context(tqdm(total=source.num_tokens, desc="contexts", unit="tok", disable=not progress))
             for start, block in _whole_sequences(source, per * batch_size, list(saes)):
                 for name, part in found.items():
@@ -336,8 +334,7 @@ def _whole_sequences(
 
 
 def _check(saes: Mapping[str, SAE], n: int, before: int, after: int, features: Sequence[int] | None) -> None:
-    if not saes:
-        raise ValueError("saes is empty; need at least 1. Pass load_many(...), or {'layers.5': sae}.")
+    check_any(saes)
     for name, number, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
         if number < least:
             raise ValueError(f"{name}={number}; need at least {least}. Pass {name}={least} or more.")

@@ -160,7 +160,8 @@ def run(
         if missing:
             raise ValueError(
                 f"missing hidden state: hookpoint={missing[0]!r} did not run in the forward of "
-                f"{type(base_model(model)).__name__}. Pass one of {_blocks_named(model)}."
+                f"{type(base_model(model)).__name__}. "
+                f"Pass one of layers.0 ... layers.{len(decoder_blocks(model)) - 1}."
             )
         for hookpoint in hookpoints:
             if input_ids is not None and captured[hookpoint].shape[:2] != input_ids.shape:
@@ -192,7 +193,3 @@ def _missing(hookpoint: str, state: Any) -> ValueError:
         f"missing hidden state: hookpoint={hookpoint!r} puts out {found}; need floats [batch, positions, d_in]. "
         "Pass a decoder block ('layers.0') or a module in one that returns hidden states."
     )
-
-
-def _blocks_named(model: PreTrainedModel) -> str:
-    return f"layers.0 ... layers.{len(decoder_blocks(model)) - 1}"

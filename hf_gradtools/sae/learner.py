@@ -16,7 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_gradtools.core.atomic import atomic_write
-from hf_gradtools.sae.calibration import data_directions, encoder_scale, geometric_median, unit_scale
+from hf_gradtools.sae.calibration import (
+    data_directions,
+    encoder_scale,
+    geometric_median,
+    scale_below_thresholds,
+    unit_scale,
+)
 from hf_gradtools.sae.configuration_sae import WITH_K, SAEConfig
 from hf_gradtools.sae.modeling_sae import SAE, SAEOutput
 from hf_gradtools.sae.outliers import within
@@ -26,6 +32,7 @@ from hf_gradtools.sae.training_config import SAETrainingConfig, differing
 __all__ = ["Learner"]
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")
+CALIBRATED_TOKENS = 4096  # that the encoder's scale is taken from
 
 
 class Learner:
@@ -66,7 +73,9 @@ class Learner:
         self.median.copy_(median)
         if self.args.outlier_ratio is not None:
             distances = (x - self.median).norm(dim=1)
-            self.radius = self.args.outlier_ratio * float(distances.median())
+            typical = float(distances.median())
+            if typical > 1e-6 * float(distances.mean()):  # else most are equal, and their distances are rounding alone
+                self.radius = self.args.outlier_ratio * typical
             x = x[distances <= self.radius]
         if self.args.normalize_input:
             self.scale = unit_scale(x, self.median)
@@ -76,8 +85,7 @@ class Learner:
         if self.args.decoder_init == "data":
             sae.W_dec.copy_(data_directions(x, self.median, self._config.d_sae, seed))
             sae.W_enc.copy_(sae.W_dec)
-        some = centred[:4096]
-        sae.W_enc.mul_(encoder_scale(some, sae(some + sae.b_dec).reconstruction - sae.b_dec))
+        self._scale_encoder(centred[:CALIBRATED_TOKENS])
 
     def take_step(self, x: Tensor, share: float = 1.0, reduce: Callable[[Tensor], object] | None = None) -> SAEOutput:
         """One optimizer step.
@@ -94,7 +102,7 @@ class Learner:
         if not bool(output.loss.detach().isfinite()):
             raise FloatingPointError(self._not_finite(x))
         (output.loss * share).backward()
-        active = output.latents.pattern.count(output.latents.values.detach() > 0)
+        active = output.latents.pattern.count((output.latents.values.detach() > 0).float())
         if reduce is not None:
             for tensor in (*(p.grad for p in self.sae.parameters()), active):
                 reduce(tensor)
@@ -108,8 +116,7 @@ class Learner:
     def finished(self) -> SAE:
         """A copy for the hidden states themselves, with the input's scale folded into the weights."""
         sae = copy.deepcopy(self.sae).requires_grad_(True).eval()
-        sae.annealed_k = None
-        sae.config = copy.deepcopy(self._config)
+        sae.annealed_k, sae.sparsity_weight = None, 1.0
         sae.fold_scale_(self.scale)
         return sae
 
@@ -158,6 +165,20 @@ class Learner:
         return {**tensors, "tokens_since_active": self.tokens_since_active, "median": self.median}
 
     # ---- a step's parts
+
+    def _scale_encoder(self, centred: Tensor) -> None:
+        """Scales the encoder so that the first reconstructions are as long as what they are of."""
+        sae = self.sae
+        if self._config.activation != "jumprelu":
+            sae.W_enc.mul_(encoder_scale(centred, sae(centred + sae.b_dec).reconstruction - sae.b_dec))
+            return
+        whole, some = sae.W_enc.clone(), centred[: CALIBRATED_TOKENS // 8]
+
+        def reconstructed(scale: float) -> Tensor:
+            sae.W_enc.copy_(whole * scale)
+            return sae(some + sae.b_dec).reconstruction - sae.b_dec
+
+        sae.W_enc.copy_(whole * scale_below_thresholds(some, reconstructed))
 
     def _not_finite(self, x: Tensor) -> str:
         where = f"at {self._config.hookpoint!r}, step {self.step + 1}"

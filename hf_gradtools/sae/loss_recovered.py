@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_gradtools.core.inference import evaluating
 from hf_gradtools.sae.hookpoints import base_model
 from hf_gradtools.sae.interventions import edit, replace
 from hf_gradtools.sae.modeling_sae import SAE
-from hf_gradtools.sae.streaming import _evaluating
 
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def cross_entropy_recovered(
         [("", "model"), *((name, kind) for name in saes for kind in ("sae", "zero", "mean"))], 0.0
     )
     with ExitStack() as modes:
-        for module in (model, *saes.values()):
-            modes.enter_context(_evaluating(module))
+        modes.enter_context(evaluating(model, *saes.values()))
         plain_head = _head_is_all(model, sequences)
         bar = modes.enter_context(
             tqdm(total=len(sequences) * len(sums), desc="cross-entropy", unit="seq", disable=not progress)

@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_gradtools.core.inference import evaluating
+from hf_gradtools.sae.fitting import check_any, check_fit
 from hf_gradtools.sae.loss_recovered import CrossEntropy, cross_entropy_recovered
 from hf_gradtools.sae.modeling_sae import SAE
+from hf_gradtools.sae.shuffling import ActivationSource
 from hf_gradtools.sae.store import ActivationStore
-from hf_gradtools.sae.streaming import ActivationSource, ModelActivations, _evaluating
+from hf_gradtools.sae.streaming import ModelActivations
 
 
 if TYPE_CHECKING:
@@ -104,7 +107,7 @@ def evaluate(
     """
     if loss_sequences is not None and loss_sequences < 0:
         raise ValueError(f"loss_sequences={loss_sequences} is negative. Pass 0 for no cross-entropy, or None for all.")
-    _check_any(saes)
+    check_any(saes)
     source = ModelActivations(model, sequences, list(saes), batch_size, dtype, skip_positions)
     sums = _accumulate(source, saes, source.num_tokens, progress)
     results = {name: part.result(name) for name, part in sums.items()}
@@ -144,7 +147,7 @@ def evaluate_store(
     Raises:
         ValueError: if there is no autoencoder, or one does not fit its hookpoint.
     """
-    _check_any(saes)
+    check_any(saes)
     if isinstance(source, ActivationStore):
         source = source.source(list(saes))
     if max_tokens is not None and max_tokens < 1:
@@ -164,7 +167,7 @@ def density_histogram(density: np.ndarray, num_tokens: int) -> tuple[list[float]
         `tuple[list[float], list[int]]`: bounds of the bins as log10 of the density, four to a decade, and the features
         of each; dead ones are in none.
     """
-    decades = max(1, math.ceil(math.log10(num_tokens)))
+    decades = max(1, math.ceil(math.log10(max(1, num_tokens))))
     edges = np.linspace(-decades, 0, decades * BINS_PER_DECADE + 1)
     alive = np.log10(density[density > 0])
     counts = np.histogram(alive.clip(edges[0], 0), edges)[0]
@@ -202,6 +205,8 @@ class _Sums:
         self.active = torch.zeros(sae.config.d_sae, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
+        if not len(x):  # a piece of outliers alone, say
+            return
         x = x.to(self.sae.W_dec.device)
         latents = self.sae.encode_sparse(x)
         reconstruction = self.sae.decode(latents).double()
@@ -215,12 +220,12 @@ class _Sums:
         self.active += torch.bincount(features, minlength=len(self.active)).cpu()
 
     def result(self, hookpoint: str) -> SAEMetrics:
-        count, spread = self.x.count, self.x.deviation
+        spread, count = self.x.deviation, max(1, self.x.count)
         density = self.active.double().numpy() / count
-        edges, counts = density_histogram(density, count)
+        edges, counts = density_histogram(density, self.x.count)
         return SAEMetrics(
             hookpoint=hookpoint,
-            num_tokens=count,
+            num_tokens=self.x.count,
             fvu=self.squared_error / spread if spread else None,
             explained_variance=1 - self.error.deviation / spread if spread else None,
             cosine=self.cosines / count,
@@ -236,24 +241,13 @@ class _Sums:
 def _accumulate(
     source: ActivationSource, saes: Mapping[str, SAE], num_tokens: int, progress: bool
 ) -> dict[str, _Sums]:
-    for name, sae in saes.items():
-        if source.d_in(name) != sae.config.d_in:
-            raise ValueError(
-                f"saes[{name!r}] has d_in={sae.config.d_in}, the activations there have {source.d_in(name)}. "
-                "Pass the autoencoder that was trained at this hookpoint."
-            )
+    check_fit(saes, source)
     sums = {name: _Sums(sae) for name, sae in saes.items()}
     with ExitStack() as stack:
-        for sae in saes.values():
-            stack.enter_context(_evaluating(sae))
+        stack.enter_context(evaluating(*saes.values()))
         bar = stack.enter_context(tqdm(total=num_tokens, desc="reconstruction", unit="tok", disable=not progress))
         for chunk in source.chunks(0, num_tokens):
             for name, part in sums.items():
                 part.add(chunk[name])
             bar.update(len(next(iter(chunk.values()))))
     return sums
-
-
-def _check_any(saes: Mapping[str, SAE]) -> None:
-    if not saes:
-        raise ValueError("saes is empty; need at least 1. Pass load_many(...), or {'layers.5': sae}.")

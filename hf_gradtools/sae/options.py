@@ -27,7 +27,6 @@ class CorpusOptions:
         batch_size: sequences of a forward.
         hookpoints: such as layers.5 layers.10, or all.
         model_dtype: of the model's weights; "auto" is as they are stored.
-        use_cpu: leave an accelerator alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,6 +66,7 @@ class ExtractOptions(CorpusOptions):
     Args:
         output_dir: folder of the store; an extraction that was killed goes on there.
         dtype: of the activations: bfloat16, float16 or float32.
+        use_cpu: leave an accelerator alone.
     """
 
     output_dir: str
@@ -124,6 +124,7 @@ class EvalOptions(CorpusOptions):
         loss_sequences: sequences on which the model's loss is measured with each of them in place; default all, 0 for
             none.
         out: JSON file to write.
+        use_cpu: leave an accelerator alone.
     """
 
     saes: str
@@ -146,6 +147,7 @@ class BrowseOptions(CorpusOptions):
         features: numbers of the features to show; default those worth a look.
         num_features: how many of these.
         num_examples: texts for each feature.
+        use_cpu: leave an accelerator alone.
     """
 
     saes: str

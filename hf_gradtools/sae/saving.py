@@ -17,11 +17,12 @@ from hf_gradtools.sae.card import is_ours, write_sae_card
 from hf_gradtools.sae.configuration_sae import SAEConfig
 from hf_gradtools.sae.formats import CONFIG_FILE, SPARSIFY_WEIGHTS_FILE, WEIGHTS_FILE, read_folder
 from hf_gradtools.sae.modeling_sae import SAE
+from hf_gradtools.sae.order import by_layer
 from hf_gradtools.sae.pairs import check_pair, our_block, write_pair
-from hf_gradtools.sae.sources import Source, by_layer, files_below, folders_with
+from hf_gradtools.sae.sources import Source, files_below, folders_with
 
 
-__all__ = ["load", "load_many", "push_many", "save", "save_many"]
+__all__ = ["load", "load_many", "push_many", "refresh_card", "save", "save_many", "write_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def save(sae: SAE, folder: str | os.PathLike[str]) -> Path:
     target = _folder_for(sae, Path(folder))
     write_pair(sae, target)
     if sae.config.hookpoint:
-        _refresh_card(Path(folder))
+        refresh_card(Path(folder))
     return target
 
 
@@ -57,8 +58,8 @@ def save_many(saes: Mapping[str, SAE] | Iterable[SAE], folder: str | os.PathLike
     Raises:
         ValueError: there is none, two have the same hookpoint, or one has none.
     """
-    _write_pairs(_distinct(saes), Path(folder))
-    _refresh_card(Path(folder))
+    write_pairs(_distinct(saes), Path(folder))
+    refresh_card(Path(folder))
     return Path(folder)
 
 
@@ -74,7 +75,8 @@ def _distinct(saes: Mapping[str, SAE] | Iterable[SAE]) -> list[SAE]:
     return saes
 
 
-def _write_pairs(saes: list[SAE], top: Path) -> None:
+def write_pairs(saes: list[SAE], top: Path) -> None:
+    """Writes each autoencoder to the folder of its hookpoint below `top`, and leaves the card as it is."""
     for sae, folder in [(sae, _folder_for(sae, top)) for sae in saes]:
         write_pair(sae, folder)
 
@@ -89,7 +91,7 @@ def _folder_for(sae: SAE, top: Path) -> Path:
     return top.joinpath(*parts)
 
 
-def _refresh_card(top: Path, repo_id: str | None = None, others: Mapping[str, SAEConfig] | None = None) -> None:
+def refresh_card(top: Path, repo_id: str | None = None, others: Mapping[str, SAEConfig] | None = None) -> None:
     """Writes the card of all autoencoders in a folder, unless somebody made it their own."""
     if is_ours(top):
         configs = {**(others or {}), **_configs(top, {WEIGHTS_FILE})}
@@ -199,10 +201,10 @@ def push_many(
         ValueError: as for [`save_many`].
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as there:
-        _write_pairs(_distinct(saes), Path(folder))
+        write_pairs(_distinct(saes), Path(folder))
         repo_id = ensure_repo(repo_id, private=private, token=token)
         known = [f"*{CONFIG_FILE}", CARD_FILE]
         snapshot_download(repo_id, revision=revision, token=token, allow_patterns=known, local_dir=there)
         if is_ours(there):
-            _refresh_card(Path(folder), repo_id, _configs(Path(there), {CONFIG_FILE}))
+            refresh_card(Path(folder), repo_id, _configs(Path(there), {CONFIG_FILE}))
         return push_folder(folder, repo_id, token=token, revision=revision, commit_message=commit_message)

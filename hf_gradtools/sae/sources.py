@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,10 +14,12 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from hf_gradtools.hub import is_hub_id
 from hf_gradtools.sae.formats import CONFIG_FILE, SCALER_FILE, SPARSIFY_WEIGHTS_FILE, WEIGHTS_FILE
 from hf_gradtools.sae.formats.saelens import hookpoint_of
+from hf_gradtools.sae.formats.sparsify import block_name
+from hf_gradtools.sae.order import by_layer
 from hf_gradtools.sae.pairs import WAITING_FILE
 
 
-__all__ = ["Source", "by_layer", "files_below", "folders_with"]
+__all__ = ["Source", "files_below", "folders_with"]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MAX_DEPTH = 4  # folders below the one given
@@ -141,15 +142,10 @@ def folders_with(files: Iterable[str], weights: set[str]) -> set[str]:
     return {folder for folder, names in found.items() if CONFIG_FILE in names and names & weights}
 
 
-def by_layer(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers within names as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _folder_of(file: str) -> str:
     return file.rpartition("/")[0]
 
 
 def _hookpoint_of_folder(name: str) -> str | None:
     """What a folder that SAELens or sparsify named is for."""
-    return hookpoint_of(re.sub(r"^h\.(\d+)$", r"layers.\1", PurePosixPath(name).name))
+    return hookpoint_of(block_name(PurePosixPath(name).name))

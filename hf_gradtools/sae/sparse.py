@@ -9,8 +9,9 @@ encoder's forward, is dense:
     gradient of W_dec    scatter(values, grad)     P.T @ G          [F, D]     M·D
     gradient of W_enc    scatter(grad_values, x)   P.T @ X          [F, D]     M·D
 
-against N·F·D each. Tokens are gathered by feature for the last two, so nothing is scattered with atomics: the same
-numbers come out on every run. Where many pairs are active, the same products are taken densely.
+against N·F·D each. Tokens are gathered by feature for the last two, so neither is scattered with atomics: the same
+numbers come out on every run (but for the last bits of `b_enc`'s gradient on CUDA, where bincount uses them). Where
+many pairs are active, the same products are taken densely.
 """
 
 from __future__ import annotations

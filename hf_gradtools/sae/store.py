@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from hf_gradtools.core import checksums
 from hf_gradtools.core.shards import MANIFEST, SEALED, open_shards, open_table, read_manifest
+from hf_gradtools.sae.order import by_layer
 from hf_gradtools.sae.tokens_digest import sequences_digest
 
 
@@ -64,7 +64,7 @@ class ActivationStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        folders = sorted(self.path.glob(f"*/{MANIFEST}"), key=_natural) if self.path.is_dir() else []
+        folders = sorted(self.path.glob(f"*/{MANIFEST}"), key=lambda file: by_layer(file.parent.name))
         self.identities: dict[str, dict[str, Any]] = {}
         for folder in folders:
             identity = read_manifest(folder.parent)["identity"]
@@ -287,9 +287,3 @@ def _rows_of(shard: Path, width: int, dtype: torch.dtype) -> Iterator[Tensor]:
         values = batch.column(ACTIVATION).values
         start = values.buffers()[1].address - whole.address + values.offset * dtype.itemsize
         yield torch.frombuffer(mapping, dtype=dtype, count=len(values), offset=start).view(-1, width)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts "layers.2" before "layers.10"."""
-    parts = re.split(r"(\d+)", path.parent.name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -6,7 +6,6 @@ tokens are left out, so token t is position `skip_positions + t % per_sequence` 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,20 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_gradtools.core.inference import evaluating, free_cached_memory, is_out_of_memory
 from hf_gradtools.sae.hookpoints import base_model, run, widths
-from hf_gradtools.sae.packing import token_blocks
-from hf_gradtools.sae.shuffling import ActivationSource, ShuffledBatches
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["ActivationSource", "ModelActivations", "ShuffledBatches", "token_blocks"]
+__all__ = ["ModelActivations"]
 
 logger = logging.getLogger(__name__)
-
-CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")  # what torch says, in a plain RuntimeError
 
 
 class ModelActivations:
@@ -120,15 +116,14 @@ class ModelActivations:
         """The hidden states of some sequences, or `None` if memory ran out and fewer are to be tried."""
         ids = self.sequences[first:last].to(self.model.device, torch.long)
         try:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 return run(self.model, self.hookpoints, input_ids=ids)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or last - first == 1:
+            if not is_out_of_memory(error) or last - first == 1:
                 raise
             reason = str(error).split("\n")[0]
         # Out of the except block nothing holds the tensors of the failed forward any more.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached_memory()
         self.forward_size = max(1, (last - first) // 2)
         logger.warning(
             "out of memory at %d sequences of %d tokens at once (%s); going on with %d. Pass that as batch_size.",
@@ -163,20 +158,3 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, skip_positions: 
             f"sequences hold token {low if low < 0 else high}, outside the model's vocabulary of {config.vocab_size}. "
             "Pass the tokenizer of this model to token_blocks."
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and afterwards each module in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_OUT_OF_MEMORY)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from hf_gradtools.sae.training_config import SAETrainingConfig
 
 
 __all__ = ["SAETrainer"]
-
-logger = logging.getLogger(__name__)
 
 
 class SAETrainer:

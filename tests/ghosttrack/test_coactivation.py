@@ -13,8 +13,6 @@ from hf_gradtools.ghosttrack.tracking.coactivation import (
     STATISTICS,
     CoactivationCounts,
     CoactivationSimilarity,
-    load_statistics,
-    save_statistics,
 )
 
 
@@ -75,20 +73,6 @@ def test_pairs_are_looked_up_with_and_without_a_table(lookups):
 def test_nothing_ever_fired_together():
     statistic = counted(np.array([[1, 0]], bool), np.array([[0, 0]], bool)).statistic()
     assert CoactivationSimilarity([statistic]).between(0, 0)(np.array([[0]]), np.array([[1]])).tolist() == [[[0.0]]]
-
-
-def test_what_is_saved_is_loaded(tmp_path):
-    rng = np.random.default_rng(0)
-    statistics = [counted(rng.random((9, 3)) < 0.5, rng.random((9, width)) < 0.5).statistic() for width in (4, 2)]
-    path = tmp_path / "coactivation.safetensors"
-    save_statistics(path, statistics)
-    for found, statistic in zip(load_statistics(path), statistics, strict=True):
-        assert np.array_equal(found.toarray(), statistic.toarray())
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"coactivation\.safetensors is damaged"):
-        load_statistics(path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_statistics(tmp_path / "none.safetensors")
 
 
 def test_bad_counts_are_named():

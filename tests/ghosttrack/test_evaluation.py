@@ -61,9 +61,8 @@ def test_question_identity_scores_at_chance_and_naive_folds_would_not_notice(nam
         assert naive[name] > 0.9
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_one_hot_questions_score_at_chance(seed):
-    _, labels, groups = question_identity(seed, n_groups=100, size=3)
+def test_one_hot_questions_score_at_chance():
+    _, labels, groups = question_identity(0, n_groups=100, size=3)
     one_hot = sp.csr_matrix(np.eye(100)[groups])
     methods = [Method(name, one_hot, name, QUICK[name]) for name in QUICK if name != "ensemble"]
     assert scored(methods, labels, groups) == dict.fromkeys([method.name for method in methods], 0.5)

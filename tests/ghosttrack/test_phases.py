@@ -16,7 +16,6 @@ from hf_gradtools.ghosttrack.phases import common, evaluate, track
 from hf_gradtools.ghosttrack.phases.dashboard import choose_cases
 from hf_gradtools.ghosttrack.phases.detect import detector_folder
 from hf_gradtools.ghosttrack.phases.runner import run_phase, run_pipeline
-from hf_gradtools.ghosttrack.phases.train import SourcePart
 from hf_gradtools.ghosttrack.reading import reading_files
 from hf_gradtools.ghosttrack.tracking import track_files
 from hf_gradtools.sae import trainer as sae_trainer
@@ -362,22 +361,6 @@ def test_extraction_says_how_many_sequences_fitted(copied, monkeypatch, caplog):
 # ---- parts
 
 
-def test_a_part_of_a_source_has_its_tokens():
-    class Source:
-        hookpoints, num_tokens, dtype = ["a"], 10, torch.float32
-
-        def d_in(self, hookpoint):
-            return 1
-
-        def chunks(self, start=0, end=None):
-            yield {"a": torch.arange(start, end)}
-
-    part = SourcePart(Source(), 3, 8)
-    assert part.num_tokens == 5
-    assert [chunk["a"].tolist() for chunk in part.chunks()] == [[3, 4, 5, 6, 7]]
-    assert [chunk["a"].tolist() for chunk in part.chunks(1, 3)] == [[4, 5]]
-
-
 def test_cases_are_the_surest_of_each_kind():
     labels = np.array([1, 1, 1, 0, 0, 0])
     scores = np.array([0.9, 0.95, 0.1, 0.2, 0.05, 0.8])
@@ -391,6 +374,37 @@ def test_a_finished_mark_that_is_damaged_is_named(tmp_path):
     (tmp_path / "finished.json").write_text("{")
     with pytest.raises(ValueError, match=r"finished.json is damaged .* Delete it"):
         common.is_finished(tmp_path, {"a": 1})
+
+
+def test_work_that_was_begun_goes_on_with_the_same_settings_only(tmp_path):
+    folder = tmp_path / "made"
+    for _ in range(2):
+        common.begin(folder, {"a": (1, 2)})
+    with pytest.raises(ValueError, match=r"made was made with other settings \(a=.*Pass force=True"):
+        common.begin(folder, {"a": (1, 3)})
+    common.finish(folder, {"a": (1, 2)}, {})
+    assert [path.name for path in folder.iterdir()] == ["finished.json"]
+    (folder / "begun.json").write_text("{")
+    with pytest.raises(ValueError, match=r"begun.json is damaged .* Delete "):
+        common.begin(folder, {"a": (1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("phase", "kept", "changed"),
+    [
+        ("track", "tracks-hungarian.safetensors", {"tracking": {"birth": 0.1}}),
+        ("evaluate", "scalars.safetensors", {"evaluation": {"bootstrap_samples": 40}}),
+    ],
+)
+def test_what_a_killed_run_left_is_not_taken_for_other_settings(copied, phase, kept, changed):
+    config = copied("models", "results", **changed)
+    folder = getattr(config, {"track": "tracking_folder", "evaluate": "evaluation_folder"}[phase]) / "answers"
+    identity = common.read_finished(folder)["identity"]
+    (folder / "finished.json").unlink()
+    (folder / "begun.json").write_text(json.dumps(identity))
+    assert (folder / kept).exists()
+    with pytest.raises(ValueError, match="was made with other settings"):
+        run_phase(phase, config)
 
 
 def test_dashboards_are_written_again(run, copied):

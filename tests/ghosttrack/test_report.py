@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score
 
@@ -234,6 +234,7 @@ def test_bad_tracks_are_named(tracks, options, message):
         plot_tracks(tracks, **options)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=2, max_size=40))
 def test_the_area_under_the_curve_is_sklearns(pairs):
     labels = np.array([0, 1, *(label for label, _ in pairs)])

@@ -7,18 +7,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from hf_gradtools.sae.in_memory import TensorActivations
 
-class TensorSource:
-    """An `ActivationSource` of tensors `[N, D]`, in pieces of odd lengths."""
+
+class TensorSource(TensorActivations):
+    """Tensors `[N, D]` in pieces, as activations come from a model or from disk."""
 
     def __init__(self, activations: Mapping[str, Tensor], piece: int = 100):
-        self.activations, self.piece = dict(activations), piece
-        self.hookpoints = list(activations)
-        first = next(iter(activations.values()))
-        self.num_tokens, self.dtype = len(first), first.dtype
-
-    def d_in(self, hookpoint: str) -> int:
-        return self.activations[hookpoint].shape[1]
+        super().__init__(activations)
+        self.piece = piece
 
     def chunks(self, start: int = 0, end: int | None = None) -> Iterator[dict[str, Tensor]]:
         end = self.num_tokens if end is None else end

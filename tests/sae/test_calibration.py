@@ -5,7 +5,13 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from hf_gradtools.sae.calibration import geometric_median, unit_scale
+from hf_gradtools.sae.calibration import (
+    data_directions,
+    encoder_scale,
+    geometric_median,
+    scale_below_thresholds,
+    unit_scale,
+)
 
 
 def sum_of_distances(point, x):
@@ -57,3 +63,37 @@ def test_constant_or_not_finite_activations_are_named(value):
     x = torch.full((10, 4), value)
     with pytest.raises(ValueError, match=r"mean square (0\.0|nan|inf).*constant, or not finite"):
         unit_scale(x, torch.full((4,), 3.0))
+
+
+def test_directions_point_from_the_center_to_different_tokens():
+    x, center = torch.randn(50, 6) + 3, torch.full((6,), 3.0)
+    x[7] = center
+    directions = data_directions(x, center, 50, seed=1)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(50))
+    cosines = torch.nn.functional.normalize(x - center, dim=1) @ directions.T
+    fits = cosines > 1 - 1e-5
+    assert fits.sum(1).tolist() == [int(token != 7) for token in range(50)]
+    assert torch.equal(directions, data_directions(x, center, 50, seed=1))
+    assert not torch.equal(directions, data_directions(x, center, 50, seed=2))
+
+
+def test_directions_beyond_the_tokens_are_random():
+    x = torch.randn(5, 8)
+    directions = data_directions(x, torch.zeros(8), 40, seed=0)
+    fits = torch.nn.functional.normalize(x, dim=1) @ directions.T > 1 - 1e-5
+    assert fits.sum() == 5
+    assert torch.linalg.matrix_rank(directions) == 8
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(4.0, 0.25), (-1.0, 1.0), (0.0, 1.0)])
+def test_the_encoder_is_scaled_to_the_nearest_reconstruction(factor, expected):
+    x = torch.randn(20, 4)
+    assert encoder_scale(x, factor * x) == pytest.approx(expected)
+
+
+def test_the_scale_below_thresholds_balances_what_falls_below():
+    """At scale s a reconstruction is 8·s·x, of tokens whose length s brings above 0.5: as long as x at s = 0.125."""
+    x = torch.nn.functional.normalize(torch.randn(30, 4), dim=1) * torch.linspace(1, 6, 30)[:, None]
+    lengths = x.norm(dim=1, keepdim=True)
+    scale = scale_below_thresholds(x, lambda s: torch.where(s * lengths > 0.5, 8 * s * x, 0.0))
+    assert scale == pytest.approx(0.125, rel=0.01)

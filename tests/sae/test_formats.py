@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_gradtools.sae.configuration_sae import SAEConfig
-from hf_gradtools.sae.formats import from_saelens, from_sparsify, read_folder, to_saelens, write_folder
+from hf_gradtools.sae.formats import from_saelens, from_sparsify, read_folder, to_saelens
 from hf_gradtools.sae.formats.saelens import hook_name_of, hookpoint_of
 from hf_gradtools.sae.modeling_sae import SAE
+from hf_gradtools.sae.pairs import write_pair
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -47,6 +48,12 @@ def encode(fields: dict[str, Any], state: dict[str, Tensor], x: Tensor) -> Tenso
 
 def decode(state: dict[str, Tensor], latents: Tensor) -> Tensor:
     return latents @ state["W_dec"].double() + state["b_dec"].double()
+
+
+def write(folder: Path, fields: dict[str, Any], state: dict[str, Tensor]) -> None:
+    sae = SAE(SAEConfig.from_dict(fields))
+    sae.load_state_dict(state, assign=True)
+    write_pair(sae, folder)
 
 
 def random_sae(activation: str, **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -159,7 +166,7 @@ OURS += [("batchtopk", {"matryoshka_widths": (8, D_SAE), "metadata": {"tokens": 
 def test_round_trip_through_a_folder_is_exact(activation, options, dtype, tmp_path):
     fields, state = random_sae(activation, **options)
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    write_folder(tmp_path / "layers.5", fields, state)
+    write(tmp_path / "layers.5", fields, state)
     assert sorted(path.name for path in (tmp_path / "layers.5").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     read_fields, read_state = read_folder(tmp_path / "layers.5")
     assert read_fields == fields
@@ -200,7 +207,7 @@ def test_saelens_loads_what_we_save(tmp_path):
         x = 2 * torch.randn(16, D_IN, generator=torch.Generator().manual_seed(1))
         latents = encode(fields, state, x)
         expected = {"inputs": x, "latents": latents.float(), "reconstruction": decode(state, latents).float()}
-        write_folder(tmp_path / str(number), fields, state)
+        write(tmp_path / str(number), fields, state)
         save_file(expected, tmp_path / f"{number}.safetensors")
         arguments += [tmp_path / str(number), tmp_path / f"{number}.safetensors"]
     script = Path(__file__).parent / "check_in_saelens.py"
@@ -210,10 +217,10 @@ def test_saelens_loads_what_we_save(tmp_path):
 
 def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path):
     fields, state = random_sae("jumprelu")
-    write_folder(tmp_path, fields, state)
+    write(tmp_path, fields, state)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="threshold has entries below 0"):
-        write_folder(tmp_path, fields, state | {"threshold": -state["threshold"]})
+        write(tmp_path, fields, state | {"threshold": -state["threshold"]})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

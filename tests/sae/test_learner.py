@@ -177,6 +177,37 @@ def test_calibration_centres_and_scales():
     torch.testing.assert_close(plain.sae.b_dec * learner.scale, learner.sae.b_dec.detach())
 
 
+@pytest.mark.parametrize("decoder_init", ["data", "random"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_first_reconstructions_are_as_long_as_what_they_are_of(name, decoder_init):
+    x = correlated(512, D_IN)
+    learner = learner_of(dataclasses.replace(CONFIGS[name], d_sae=D_SAE), training(decoder_init=decoder_init), x=x)
+    centred = (x - learner.median) * learner.scale
+    with torch.no_grad():
+        reconstruction = learner.sae(x * learner.scale).reconstruction - learner.sae.b_dec
+    ratio = float((centred * reconstruction).sum() / reconstruction.square().sum())
+    assert ratio == pytest.approx(1, rel=0.1 if name == "jumprelu" else 1e-4)
+
+
+def test_thresholds_leave_features_alive_at_first_however_many_there_are():
+    """Scaled as without thresholds, none of them would reach its own."""
+    config = dataclasses.replace(CONFIGS["jumprelu"], d_sae=512, bandwidth=0.05)
+    learner = learner_of(config)
+    assert float(learner.take_step(batches()[0]).l0) > 2
+
+
+def test_features_begin_at_hidden_states_or_at_random():
+    x = correlated(256, D_IN)
+    found = {}
+    for kind in ("data", "random"):
+        learner = learner_of(CONFIGS["topk"], training(decoder_init=kind), x=x)
+        cosines = F.normalize(x - learner.median, dim=1) @ learner.sae.W_dec.detach().T
+        found[kind] = int((cosines.max(0).values > 1 - 1e-5).sum())
+        parallel = F.cosine_similarity(learner.sae.W_enc, learner.sae.W_dec, dim=1)
+        torch.testing.assert_close(parallel.detach(), torch.ones(D_SAE))
+    assert found == {"data": D_SAE, "random": 0}
+
+
 def test_dead_features_are_revived():
     """Features that begin with a bias far below zero never fire; their loss brings them back."""
     fractions = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,15 +16,20 @@ from hf_gradtools.sae import load_many
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sae"
 
 
-def run(script, *args):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, args)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script as its command line would, but for the seconds that a process of its own would import."""
+
+    def run_script(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
-def test_train_and_steer(tiny_model, tmp_path):
+@pytest.mark.usefixtures("datasets_cache")
+def test_train_and_steer(tiny_model, tmp_path, run):
     choose = random.Random(0)
     lines = [json.dumps({"text": " ".join(choose.choices("abcdefghij", k=40))}) for _ in range(40)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))

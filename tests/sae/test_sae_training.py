@@ -57,12 +57,12 @@ def num_alive(sae, dead):
 def test_dead_features_come_alive_by_their_loss_and_not_without(activation, how):
     sae, dead = with_dead_features(activation, how)
     assert num_alive(sae, dead) == 0
-    for _ in train(sae, 150, dead, learning_rate=0.05):
+    for _ in train(sae, 100, dead, learning_rate=0.05):
         pass
     assert num_alive(sae, dead) >= 3
     sae, dead = with_dead_features(activation, how)
     before = sae.W_enc[dead].clone()
-    for _ in train(sae, 150, None, learning_rate=0.05):
+    for _ in train(sae, 50, None, learning_rate=0.05):
         pass
     assert num_alive(sae, dead) == 0
     assert torch.equal(sae.W_enc[dead], before)

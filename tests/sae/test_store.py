@@ -9,8 +9,9 @@ import torch
 from hf_gradtools.core.checksums import StoreCorruptError
 from hf_gradtools.core.store import RowStore, StoreMismatchError
 from hf_gradtools.sae.extraction import extract
+from hf_gradtools.sae.shuffling import ShuffledBatches
 from hf_gradtools.sae.store import ActivationStore
-from hf_gradtools.sae.streaming import ModelActivations, ShuffledBatches
+from hf_gradtools.sae.streaming import ModelActivations
 from tests.sae.killed_extraction import run
 from tests.sae.tiny_models import LAYERS, MODELS, WIDTH, gpt2, llama, make_sequences
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_gradtools.sae.streaming import ModelActivations, ShuffledBatches
+from hf_gradtools.sae.shuffling import ShuffledBatches
+from hf_gradtools.sae.streaming import ModelActivations
 from tests.sae.tiny_models import CONTEXT, MODELS, WIDTH, gpt2, llama, make_sequences
 
 

@@ -174,6 +174,19 @@ def test_files_of_different_steps_resume_at_the_newest_that_all_have(tmp_path):
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
+def test_later_steps_of_a_run_without_the_others_do_not_push_out_the_common_ones(tmp_path):
+    alone = killed_training.trainer(tmp_path)
+    alone.configs = {"layers.0": alone.configs["layers.0"]}
+    stop_after(alone, 21)
+    together = killed_training.trainer(tmp_path)
+    stop_after(together, 5)
+    names = {path.parent.name: path.name for path in tmp_path.glob("checkpoints/*/step-00000004.safetensors")}
+    assert set(names) == set(NAMES)
+    resumed = killed_training.trainer(tmp_path, logging_steps=1)
+    resumed.train(resume=True)
+    assert resumed.log_history[0]["step"] == 5
+
+
 def test_finished_hookpoints_are_not_trained_again(tmp_path):
     path = tmp_path / "saes"
     killed_training.run(path)
@@ -247,7 +260,9 @@ class Tracker(GeneralTracker):
 def test_figures_are_logged_and_sent_to_trackers(tmp_path):
     source = TensorSource({name: correlated(64 * 10, 8, seed=i) for i, name in enumerate(NAMES[:2])})
     trainer = SAETrainer(
-        SAEConfig(8, 48, k=2), source, training(tmp_path, logging_steps=4, dead_after_tokens=64, report_to="all")
+        SAEConfig(8, 48, k=2),
+        source,
+        training(tmp_path, logging_steps=4, dead_after_tokens=64, report_to="all", decoder_init="random"),
     )
     recorder = Tracker()
     trainer.accelerator.log_with = [recorder]
@@ -320,6 +335,7 @@ def test_configurations_that_do_not_fit_are_named(configs, options, message, tmp
         ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be positive"),
         ({"warmup_fraction": 1.5}, r"warmup_fraction=1\.5 must lie between 0 and 1"),
         ({"parallel": "rows"}, "parallel='rows' is unknown. Pass one of layers, data"),
+        ({"decoder_init": "zeros"}, "decoder_init='zeros' is unknown. Pass one of data, random"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine' is unknown. Pass one of linear, constant"),
     ],
 )

@@ -39,7 +39,7 @@ __all__ = [
     "univariate_scores",
 ]
 
-SCALINGS = ("std", "max", "none")
+SCALINGS = ("auto", "std", "max", "none")
 PROBED_ROWS = 64  # training rows on which the exported arrays must equal scikit-learn
 EXPORT_TOLERANCE = 1e-9
 
@@ -104,15 +104,16 @@ class LogisticRegression(Classifier):
     Args:
         C (`float` or tuple of them, defaults to `(0.001, 0.01, 0.1, 1.0)`): inverse penalty. Of several, an inner
             grouped cross-validation chooses (see [`fit_method`]); `fit` alone takes the middle one.
-        scaling (`str`, defaults to `"std"`): divide columns by their standard deviation, by their largest magnitude
-            (`"max"`; rare latents are not blown up), or by nothing (`"none"`). Dense columns are centred as well,
-            sparse ones are not, which the free intercept makes up for.
+        scaling (`str`, defaults to `"auto"`): divide columns by their standard deviation (`"std"`; dense ones by
+            default), by their largest magnitude (`"max"`; sparse ones by default, of which rare latents would be blown
+            up by the other), or by nothing (`"none"`). Dense columns are centred as well, sparse ones are not, which
+            the free intercept makes up for.
         pca (`int`, *optional*): regress on the so many principal components of the scaled columns (dense only).
         max_iter (`int`, defaults to 2000): of L-BFGS.
     """
 
     C: float | tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    scaling: str = "std"
+    scaling: str = "auto"
     pca: int | None = None
     max_iter: int = 2000
 
@@ -156,9 +157,10 @@ class LogisticRegression(Classifier):
 
     def _scaler(self, chosen: Features) -> tuple[np.ndarray, np.ndarray]:
         mean, variance = _moments(chosen)
-        if self.scaling == "none":
+        scaling = self.scaling if self.scaling != "auto" else "max" if is_sparse(chosen) else "std"
+        if scaling == "none":
             scale = np.ones_like(mean)
-        elif self.scaling == "std":
+        elif scaling == "std":
             scale = np.sqrt(variance)
         else:
             scale = abs(chosen).max(axis=0)

@@ -6,14 +6,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_gradtools.ghosttrack.choices import FEATURES, SCOPES
 from hf_gradtools.ghosttrack.classifiers.recipes import make_classifier
 from hf_gradtools.ghosttrack.tracking.tracking import TrackingConfig
 
 
-FEATURES = ("latents", "tracks_seed", "tracks_enlarged", "latents+tracks")
 LABELS = {0: "SUPPORTED", 1: "HALLUCINATED"}
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
-SCOPES = ("answer", "text")
 
 
 @strict

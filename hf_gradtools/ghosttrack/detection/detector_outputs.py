@@ -11,11 +11,9 @@ import numpy as np
 from hf_gradtools.ghosttrack.classifiers.frozen import (
     Features,
     FrozenClassifier,
-    FrozenEnsemble,
     FrozenLinear,
     dense_columns,
 )
-from hf_gradtools.sae.hookpoints import BLOCK
 
 
 if TYPE_CHECKING:
@@ -69,17 +67,12 @@ class DetectorOutput:
         Raises:
             ValueError: the text was not tracked.
         """
-        from hf_gradtools.ghosttrack.report.track_plot import plot_tracks
+        from hf_gradtools.ghosttrack.report.track_plot import plot_tracks, points_of
 
         if self.tracks is None:
             raise ValueError("tracks=None: the text was not tracked. Call predict(..., with_tracks=True).")
-        names = self.tracks.hypotheses.layers
-        numbers = _layer_numbers(names)
-        points = [
-            [(numbers[step.layer], step.feature, step.activation, step.position) for step in track.steps]
-            for track in self.tracks.of_text(0)
-        ]
-        return plot_tracks(points, **{"layers": [numbers[name] for name in names], **options})
+        points, layers = points_of(self.tracks, 0)
+        return plot_tracks(points, **{"layers": layers, **options})
 
     def to_dict(self, plot: bool = True) -> dict[str, Any]:
         """As JSON has it; `"tracks"` and `"plot"` are left out of a text that was not tracked."""
@@ -108,7 +101,7 @@ def contributions(
         top (`int`): how many.
     """
     n_texts = features.shape[0]
-    if isinstance(classifier, FrozenEnsemble) or not isinstance(classifier, FrozenLinear):
+    if not isinstance(classifier, FrozenLinear):
         return [[] for _ in range(n_texts)]
     weights = classifier.coef / classifier.scale
     found = []
@@ -167,12 +160,3 @@ def _text_and_start(example: Any, template: str) -> tuple[str, int] | None:
     if "text" in strings and isinstance(start, int) and not isinstance(start, bool):
         return strings["text"], start
     return None
-
-
-def _layer_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Numbers of blocks where all hookpoints are outputs of blocks in ascending order, else their places."""
-    matches = [BLOCK.fullmatch(name) for name in names]
-    numbers = [int(match[1]) for match in matches if match and not match[2]]
-    if len(numbers) < len(names) or sorted(set(numbers)) != numbers:
-        numbers = list(range(len(names)))
-    return dict(zip(names, numbers, strict=True))

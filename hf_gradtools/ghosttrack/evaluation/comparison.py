@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradtools.ghosttrack.choices import FEATURES, default_classifier
 from hf_gradtools.ghosttrack.evaluation.cross_validation import Method
 from hf_gradtools.ghosttrack.evaluation.results import CrossValidation
 from hf_gradtools.ghosttrack.evaluation.statistics import paired_difference
@@ -61,7 +62,8 @@ def baseline_methods(reading: Reading, scalars: Mapping[str, np.ndarray]) -> lis
     """What a detector has to beat.
 
     Each scalar is a method by itself; all together go to a logistic regression. The probe is one on the hidden states
-    of one layer, at the answer's last token or their mean, of which the inner cross-validation takes the best.
+    of one layer, at the answer's last token or their mean, of which the inner cross-validation takes the best
+    (SAPLMA, Azaria and Mitchell, arXiv 2304.13734, with a linear classifier).
 
     Args:
         reading ([`Reading`]): with hidden states.
@@ -89,23 +91,23 @@ def detector_methods(
         reading ([`Reading`]): of T texts.
         tracks (`Mapping[str, StoredTracks]`): by association, the real one first.
         classifiers (`Mapping[str, str]`, *optional*): feature set of a `DetectorConfig` -> name of a classifier; by
-            default a random forest on the seed's features, as it has, and logistic regressions on all others.
+            default [`default_classifier`].
     """
     from scipy.sparse import csr_matrix, hstack
 
-    kinds = {"tracks_seed": "random_forest", **(classifiers or {})}
+    kinds = {**{features: default_classifier(features) for features in FEATURES}, **(classifiers or {})}
     latents = hstack([reading.pooled[name] for name in reading.hookpoints], format="csr")
-    methods = [Method(LATENTS, latents, kinds.get("latents", "logistic_regression"))]
+    methods = [Method(LATENTS, latents, kinds["latents"])]
     if len(reading.hookpoints) > 1:
-        methods.append(Method(ONE_LAYER, dict(reading.pooled), kinds.get("latents", "logistic_regression")))
+        methods.append(Method(ONE_LAYER, dict(reading.pooled), kinds["latents"]))
     for number, (association, stored) in enumerate(tracks.items()):
         suffix = f", {NULL_NAMES.get(association, association)}" if number else ""
         for name, kind in ((SEED, "seed"), (ENLARGED, "enlarged")):
-            classifier = kinds.get(f"tracks_{kind}", "logistic_regression")
+            classifier = kinds[f"tracks_{kind}"]
             methods.append(Method(name + suffix, stored.features[kind][0], classifier))
         if number == 0:
             both = hstack([latents, csr_matrix(stored.features["enlarged"][0])], format="csr")
-            methods.append(Method(LATENTS_AND_TRACKS, both, kinds.get("latents+tracks", "logistic_regression")))
+            methods.append(Method(LATENTS_AND_TRACKS, both, kinds["latents+tracks"]))
     return methods
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Layers",
     "PhaseSummary",
+    "begin",
     "finish",
     "hookpoints_of",
     "is_finished",
@@ -39,7 +40,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Layers = str | int | Sequence[int] | None
-FINISHED = "finished.json"
+BEGUN, FINISHED = "begun.json", "finished.json"
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,32 @@ def is_finished(folder: Path, identity: Mapping[str, Any]) -> bool:
     file = folder / FINISHED
     if not file.exists():
         return False
-    before = read_finished(folder)["identity"]
-    if changed := differing(before, json.loads(json.dumps(identity))):
-        raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(changed)}). Pass force=True (--force) to make it "
-            "anew, or another folder below paths."
-        )
+    _check_identity(folder, read_finished(folder)["identity"], identity)
     return True
+
+
+def begin(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Makes a folder and marks it as begun, so that work which was killed goes on with the same settings only.
+
+    Raises:
+        ValueError: it was begun with another identity.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / BEGUN
+    if not file.exists():
+        write_json_atomically(file, identity)
+        return
+    try:
+        before = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Delete {folder}, and run the phase again.") from error
+    _check_identity(folder, before, identity)
 
 
 def finish(folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Marks what a folder holds as complete."""
     write_json_atomically(folder / FINISHED, {"identity": identity, "facts": facts})
+    (folder / BEGUN).unlink(missing_ok=True)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
@@ -161,6 +176,14 @@ def read_finished(folder: Path) -> dict[str, Any]:
         return {"identity": content["identity"], "facts": content["facts"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / FINISHED} is damaged ({error}). Delete it, and run the phase again.") from error
+
+
+def _check_identity(folder: Path, before: dict[str, Any], identity: Mapping[str, Any]) -> None:
+    if changed := differing(before, json.loads(json.dumps(identity))):
+        raise ValueError(
+            f"{folder} was made with other settings ({'; '.join(changed)}). Pass force=True (--force) to make it "
+            "anew, or another folder below paths."
+        )
 
 
 def remove(*folders: Path) -> None:

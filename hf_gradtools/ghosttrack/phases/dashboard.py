@@ -16,6 +16,7 @@ from hf_gradtools.ghosttrack.evaluation.comparison import (
     ablation_rows,
 )
 from hf_gradtools.ghosttrack.report.dashboard import write_dashboard
+from hf_gradtools.ghosttrack.report.track_plot import points_of
 
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def dashboard_of(config: GhostTrackConfig, data: TrackedData, result: CrossValid
         figures={"texts": len(labels), "questions": len(np.unique(result.groups)), "hallucinated": int(labels.sum())},
         notes=_notes(result),
         threshold=threshold,
+        reference=result.baseline or "",
     )
 
 
@@ -130,18 +132,15 @@ def _ordered(result: CrossValidation, first: str) -> list[str]:
 
 
 def _case(data: TrackedData, tracks: Tracks, row: int, probability: float) -> dict[str, Any]:
-    text, start = data.rows.texts[row], data.rows.answer_starts[row]
-    points = [
-        [(int(step.layer.rpartition(".")[2]), step.feature, step.activation, step.position) for step in track.steps]
-        for track in tracks.of_text(row)
-    ]
+    begin = int(data.rows.column("question_start", 0)[row])  # behind the examples, which are the same for all
+    text, start = data.rows.texts[row][begin:], data.rows.answer_starts[row] - begin
     case: dict[str, Any] = {
         "text": text,
         "answer": text[start:],
         "answer_start": start,
         "label": int(data.rows.labels[row]),
         "probability": probability,
-        "tracks": points,
+        "tracks": points_of(tracks, row)[0],
     }
     if data.rows.categories is not None:
         case["category"] = str(data.rows.categories[row])

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_gradtools.ghosttrack.choices import default_classifier
 from hf_gradtools.ghosttrack.phases.common import (
     Layers,
     PhaseSummary,
@@ -113,13 +114,12 @@ def _unfitted(
             )
         logger.warning("the detector explains its verdicts by tracks of similarity 'decoder', not 'coactivation'")
         tracking = dataclasses.replace(tracking, similarity="decoder")
-    by_default = "random_forest" if features == "tracks_seed" else "logistic_regression"
     detector_config = DetectorConfig(
         model_name=config.model.base_model,
         model_revision=config.model.revision,
         hookpoints=list(saes),
         features=features,
-        classifier=section.classifier or by_default,
+        classifier=section.classifier or default_classifier(features),
         tracking=dataclasses.asdict(tracking),
         scope=section.scope,
         max_tokens=section.max_tokens,

@@ -21,6 +21,7 @@ from hf_gradtools.core.atomic import atomic_write, write_json_atomically
 from hf_gradtools.ghosttrack.phases.common import (
     Layers,
     PhaseSummary,
+    begin,
     finish,
     hookpoints_of,
     is_finished,
@@ -69,7 +70,8 @@ def evaluate_detectors(config: GhostTrackConfig, layers: Layers = None, force: b
         if is_finished(folder, identity):
             skipped.append(name)
             continue
-        (folder / "methods").mkdir(parents=True, exist_ok=True)
+        begin(folder, identity)
+        (folder / "methods").mkdir(exist_ok=True)
         result = _compare(config, data, folder, identity)
         _write(config, data, result, folder)
         finish(folder, identity, {"texts": len(data.rows), "methods": list(result.scores)})

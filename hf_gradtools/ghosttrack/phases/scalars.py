@@ -33,7 +33,7 @@ def answer_scalars_of(config: GhostTrackConfig, data: DetectionRows, folder: Pat
     from safetensors.numpy import load_file, save
 
     from hf_gradtools.ghosttrack.reading.answer_scalars import (
-        SUSPICIOUS_WHEN,
+        SCALARS,
         answer_scalars,
         p_true,
         true_false_prompt,
@@ -55,26 +55,23 @@ def answer_scalars_of(config: GhostTrackConfig, data: DetectionRows, folder: Pat
         with atomic_write(file) as opened:
             opened.write(save({name: np.ascontiguousarray(values, np.float64) for name, values in found.items()}))
     scalars = load_file(file)
-    for name in SUSPICIOUS_WHEN:
+    for name in SCALARS:
         if name in data.rows.column_names and name not in scalars:
             scalars[name] = np.asarray(data.rows[name][:], np.float64)
-    return {name: scalars[name] for name in SUSPICIOUS_WHEN if name in scalars}
+    return {name: scalars[name] for name in SCALARS if name in scalars}
 
 
 def halving(run: Callable[[int], T], batch_size: int) -> T:
     """Calls `run` with a batch size, and with half of it, with a warning, as often as memory runs out."""
-    import torch
-
-    from hf_gradtools.sae.streaming import _is_out_of_memory
+    from hf_gradtools.core.inference import free_cached_memory, is_out_of_memory
 
     while True:
         try:
             return run(batch_size)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or batch_size == 1:
+            if not is_out_of_memory(error) or batch_size == 1:
                 raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached_memory()
         batch_size //= 2
         logger.warning(
             "out of memory at %d texts at once; going on with %d. Set detection.batch_size to that.",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_gradtools.ghosttrack.phases.common import (
     Layers,
     PhaseSummary,
+    begin,
     finish,
     hookpoints_of,
     is_finished,
@@ -95,6 +96,8 @@ def track_hypotheses(config: GhostTrackConfig, layers: Layers = None, force: boo
     skipped = [name for name in data if is_finished(folders[name], identities[name])]
     todo = [name for name in data if name not in skipped]
     facts: dict[str, Any] = {"tracks": str(config.tracking_folder)}
+    for name in todo:
+        begin(folders[name], identities[name])
     if todo:
         model, tokenizer = load_language_model(config)
         saes = {name: sae.to(model.device) for name, sae in load_saes(config, hookpoints).items()}
@@ -199,7 +202,10 @@ def _similarity_options(config: GhostTrackConfig, saes: Mapping[str, SAE], readi
 
 
 def transport_maps(reading: Reading) -> list[np.ndarray]:
-    """Procrustes maps between neighbouring layers, from the mean hidden states of the texts."""
+    """Procrustes maps between neighbouring layers, from the mean hidden states of the texts.
+
+    No label is looked at, but all texts are: a cross-validation on transported tracks is transductive in that.
+    """
     from hf_gradtools.ghosttrack.tracking.similarity import procrustes
 
     states, names = reading.hidden["mean"], reading.hookpoints

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,40 +20,17 @@ from hf_gradtools.ghosttrack.phases.common import Layers, PhaseSummary, hookpoin
 
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from hf_gradtools.ghosttrack.settings.configuration import GhostTrackConfig
     from hf_gradtools.sae.modeling_sae import SAE
-    from hf_gradtools.sae.shuffling import ActivationSource
     from hf_gradtools.sae.store import ActivationStore
     from hf_gradtools.sae.trainer import SAETrainer
 
 
-__all__ = ["SourcePart", "train_saes"]
+__all__ = ["train_saes"]
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, FITTED, FINISHED = "checkpoints", "batch_size.json", "finished.json"
-
-
-class SourcePart:
-    """The tokens of a source from `start` to `end`, as a source."""
-
-    def __init__(self, source: ActivationSource, start: int, end: int) -> None:
-        self.source, self.start = source, start
-        self.num_tokens = end - start
-        self.hookpoints: list[str] = source.hookpoints
-        self.dtype: torch.dtype = source.dtype
-
-    def d_in(self, hookpoint: str) -> int:
-        """Numbers in an activation at a hookpoint."""
-        return self.source.d_in(hookpoint)
-
-    def chunks(self, start: int = 0, end: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The tokens from `start` to `end` of this part."""
-        end = self.num_tokens if end is None else end
-        return self.source.chunks(self.start + start, self.start + end)
 
 
 def train_saes(config: GhostTrackConfig, layers: Layers = None, force: bool = False) -> PhaseSummary:
@@ -113,9 +90,7 @@ def _open(config: GhostTrackConfig, hookpoints: Sequence[str]) -> ActivationStor
 
 def _train(config: GhostTrackConfig, store: ActivationStore, names: Sequence[str], batch_size: int) -> dict[str, SAE]:
     """All of them in one pass; in several, then with smaller batches, where memory does not suffice."""
-    import torch
-
-    from hf_gradtools.sae.streaming import _is_out_of_memory
+    from hf_gradtools.core.inference import free_cached_memory, is_out_of_memory
 
     trained: dict[str, SAE] = {}
     pending, at_once = list(names), len(names)
@@ -126,10 +101,9 @@ def _train(config: GhostTrackConfig, store: ActivationStore, names: Sequence[str
             pending = pending[at_once:]
             continue
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or (len(chosen) == 1 and batch_size == 1):
+            if not is_out_of_memory(error) or (len(chosen) == 1 and batch_size == 1):
                 raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached_memory()
         if len(chosen) > 1:
             at_once = len(chosen) // 2
             logger.warning("out of memory with %d layers at once; going on with %d", len(chosen), at_once)
@@ -147,6 +121,7 @@ def _train(config: GhostTrackConfig, store: ActivationStore, names: Sequence[str
 
 
 def _trainer(config: GhostTrackConfig, store: ActivationStore, names: Sequence[str], batch_size: int) -> SAETrainer:
+    from hf_gradtools.sae.held_out import PartOfSource
     from hf_gradtools.sae.trainer import SAETrainer
 
     source, per = store.source(list(names)), store.tokens_per_sequence
@@ -155,9 +130,9 @@ def _trainer(config: GhostTrackConfig, store: ActivationStore, names: Sequence[s
     split = (sequences - held_out) * per
     return SAETrainer(
         config.sae.to_config(config.model.base_model),
-        SourcePart(source, 0, split),
+        PartOfSource(source, 0, split),
         config.sae_training.to_config(str(config.checkpoints_folder()), batch_size),
-        SourcePart(source, split, source.num_tokens) if held_out else None,
+        PartOfSource(source, split, source.num_tokens) if held_out else None,
     )
 
 

@@ -6,13 +6,12 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,44 +28,19 @@ from hf_gradtools.ghosttrack.reading.batching import (
 from hf_gradtools.ghosttrack.reading.spans import AnswerSpan, encode_answers
 
 
-__all__ = ["SUSPICIOUS_WHEN", "add_baselines", "answer_scalars", "p_true", "true_false_prompt"]
+__all__ = ["SCALARS", "answer_scalars", "p_true", "true_false_prompt"]
 
-SUSPICIOUS_WHEN: Mapping[str, int] = {
-    "answer_characters": 1, "answer_tokens": 1, "mean_logprob": -1, "sum_logprob": -1, "min_logprob": -1,
-    "perplexity": 1, "mean_entropy": 1, "max_entropy": 1, "p_true": -1, "semantic_entropy": 1,
-    "generated_tokens": 1, "generated_mean_logprob": -1, "generated_sum_logprob": -1, "generated_min_logprob": -1,
-    "generated_mean_entropy": 1, "generated_max_entropy": 1,
-}  # fmt: skip
-"""+1 where a large value speaks for a hallucination, -1 where a small one does; fixed beforehand, never fitted."""
+SCALARS = (
+    "answer_characters", "answer_tokens", "mean_logprob", "sum_logprob", "min_logprob", "perplexity", "mean_entropy",
+    "max_entropy", "p_true", "semantic_entropy", "generated_tokens", "generated_mean_logprob",
+    "generated_sum_logprob", "generated_min_logprob", "generated_mean_entropy", "generated_max_entropy",
+)  # fmt: skip
+"""Columns that baselines are made of, those that `generate_answers` leaves included. None has a sign of its own: which
+end of it speaks for a hallucination is decided on training rows, which can only help a baseline."""
 
 QUESTION_PROMPT = "Question: {question}\nProposed answer: {answer}\nIs the proposed answer True or False?\nIt is:"
 CLAIM_PROMPT = "Claim: {answer}\nIs the claim True or False?\nIt is:"
 TOKENS_PER_CHUNK = 256  # [M, V] in float32: 50 MB at V = 49,152
-
-
-def add_baselines(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    *,
-    batch_size: int = 32,
-) -> Dataset:
-    """Adds columns of [`answer_scalars`] and [`p_true`] to a detection data set.
-
-    Args:
-        model (`PreTrainedModel`): a causal LM, in evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        rows (`datasets.Dataset`): `text`, `answer_start`, `answer`, and `question` where there is one.
-        batch_size (`int`, defaults to 32): texts at a time.
-    """
-    scalars = answer_scalars(model, tokenizer, rows["text"][:], rows["answer_start"][:], batch_size=batch_size)
-    questions = rows["question"][:] if "question" in rows.column_names else [""] * len(rows)
-    prompts = [true_false_prompt(*pair) for pair in zip(questions, rows["answer"], strict=True)]
-    scalars["p_true"] = p_true(model, tokenizer, prompts, batch_size=batch_size)
-    rows = rows.remove_columns([name for name in scalars if name in rows.column_names])
-    for name, values in scalars.items():
-        rows = rows.add_column(name, values)
-    return rows
 
 
 @torch.inference_mode()

@@ -6,35 +6,34 @@ batch, S their padded length, N tokens counted.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_gradtools.core.inference import evaluating, free_cached_memory, is_out_of_memory
+from hf_gradtools.ghosttrack.choices import SCOPES
 from hf_gradtools.ghosttrack.reading.batching import forward_options, pad_token_of, padded
 from hf_gradtools.ghosttrack.reading.spans import encode_answers
 from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses, top_hypotheses
 from hf_gradtools.sae import hookpoints as hooks
 from hf_gradtools.sae.modeling_sae import SAE
-from hf_gradtools.sae.streaming import CPU_OUT_OF_MEMORY
 
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-__all__ = ["SCOPES", "Reading", "TokenRow", "check_saes", "read_rows", "read_texts", "token_rows"]
+__all__ = ["Reading", "TokenRow", "check_saes", "read_rows", "read_texts", "token_rows"]
 
 logger = logging.getLogger(__name__)
 
-SCOPES = ("answer", "text")
 HIDDEN = ("last", "mean")
 
 
@@ -283,15 +282,14 @@ class _Reader:
     def _try(self, batch: list[TokenRow]) -> Reading | None:
         """The batch, or `None` if memory ran out and a smaller one is to be tried."""
         try:
-            with torch.no_grad(), _evaluating(self.model, *self.saes.values()):
+            with torch.no_grad(), evaluating(self.model, *self.saes.values()):
                 return self._batch(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or len(batch) == 1:
+            if not is_out_of_memory(error) or len(batch) == 1:
                 raise
             reason = str(error).split("\n")[0]
         # Out of the except block nothing holds the tensors of the failed forward any more.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_cached_memory()
         self.batch_size = len(batch) // 2
         message = (
             "out of memory at %d texts of up to %d tokens at once (%s); going on with %d. Pass that as batch_size."
@@ -349,25 +347,8 @@ def _cut(row: TokenRow, limit: int, skip_first: int, bos: int | None) -> TokenRo
     return TokenRow(ids, begin, row.end - dropped, dropped)
 
 
-@contextlib.contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module in the mode that it was in."""
-    training = [module for root in modules for module in root.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _stacked(rows: Sequence[Tensor]) -> np.ndarray:
     return torch.stack(list(rows)).numpy()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in CPU_OUT_OF_MEMORY)
 
 
 def _scipy_sparse() -> Any:

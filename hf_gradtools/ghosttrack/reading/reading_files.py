@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_gradtools.core.atomic import atomic_write, write_json_atomically
+from hf_gradtools.core.atomic import write_json_atomically
+from hf_gradtools.ghosttrack.array_files import read_arrays, write_arrays
 from hf_gradtools.ghosttrack.reading.reading import Reading, TokenRow
 from hf_gradtools.ghosttrack.tracking.hypotheses import Hypotheses
 
 
 __all__ = ["load_reading", "read_in_chunks", "save_reading"]
 
-WHOLE, MANIFEST = "reading.safetensors", "reading.json"
+WHOLE, MANIFEST, KIND = "reading.safetensors", "reading.json", "reading"
 FORMAT = {"format": "hf_gradtools.reading", "version": 1}
 HYPOTHESES = ("features", "activations", "positions", "lengths")
 SPARSE = ("data", "indices", "indptr")
@@ -131,23 +130,14 @@ def _write(reading: Reading, path: Path) -> None:
         widths[hookpoint] = latents.shape[1]
     for kind, by_hookpoint in reading.hidden.items():
         arrays |= {f"hidden.{kind}.{hookpoint}": states for hookpoint, states in by_hookpoint.items()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = FORMAT | {"hookpoints": reading.hookpoints, "d_sae": widths, "hidden": list(reading.hidden)}
-    header |= {"sha256": _digest(header, arrays)}
-    with atomic_write(path, tmp_suffix=f".{os.getpid()}.tmp") as file:
-        file.write(save(arrays, {"reading": json.dumps(header)}))  # one entry: the order of several is arbitrary
+    write_arrays(path, KIND, header, arrays)
 
 
 def _read(path: Path) -> Reading:
     try:
-        with safe_open(str(path), framework="np") as file:
-            header = json.loads((file.metadata() or {})["reading"])
-            expected = header.pop("sha256")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if _digest(header, arrays) != expected:
-            raise ValueError("its content differs from its SHA-256")
-        return _assemble(header, arrays)
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return _assemble(*read_arrays(path, KIND))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no reading ({error}). Delete it and read its texts again.") from error
 
 
@@ -164,11 +154,3 @@ def _assemble(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Reading:
     }
     hidden = {kind: {key: arrays[f"hidden.{kind}.{key}"] for key in layers} for kind in header["hidden"]}
     return Reading(hypotheses, pooled, arrays["spans"], hidden)
-
-
-def _digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(header).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()

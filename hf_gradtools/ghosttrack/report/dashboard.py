@@ -50,6 +50,7 @@ def write_dashboard(
     subtitle: str = "",
     layers: Sequence[int] | None = None,
     threshold: float = 0.5,
+    reference: str = "",
 ) -> Path:
     """Writes one HTML file, without scripts or anything from the network, on how well hallucinations are found.
 
@@ -74,6 +75,7 @@ def write_dashboard(
         subtitle (`str`, *optional*): such as the model and the data set.
         layers (`Sequence[int]`, *optional*): of the track plots; by default each case's own.
         threshold (`float`, defaults to 0.5): probability from which an answer counts as hallucinated.
+        reference (`str`, *optional*): the method that the differences of `results` are to.
 
     Returns:
         `Path`: the file written.
@@ -92,6 +94,7 @@ def write_dashboard(
     html = _template().render(
         title=title,
         subtitle=subtitle,
+        reference=reference,
         notes=list(notes),
         created=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         figures={name: format_number(value) for name, value in (figures or {}).items()},

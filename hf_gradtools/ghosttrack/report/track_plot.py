@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
 from hf_gradtools.ghosttrack.report.charts import FACTUAL, HALLUCINATED, INK, LINE, format_number, line, svg, text
 
 
-__all__ = ["Point", "Track", "plot_tracks"]
+if TYPE_CHECKING:
+    from hf_gradtools.ghosttrack.tracking.tracking import Tracks
+
+__all__ = ["Point", "Track", "plot_tracks", "points_of"]
 
 Point = tuple[int, int, float, int]  # layer, feature, activation, position
 Track = Sequence[Point]
 
 LEFT, RIGHT, TOP, LANE = 92, 22, 14, 22
 THINNEST, THICKEST, FAINTEST = 1.5, 10.0, 0.35
+
+
+def points_of(tracks: Tracks, text: int) -> tuple[list[Track], list[int]]:
+    """The tracks of one text as [`plot_tracks`] takes them, and the layers of its axis.
+
+    A layer is the number of its block where all hookpoints are outputs of blocks in ascending order, else its place.
+    """
+    from hf_gradtools.sae.hookpoints import BLOCK
+
+    names = tracks.hypotheses.layers
+    matches = [BLOCK.fullmatch(name) for name in names]
+    numbers = [int(match[1]) for match in matches if match and not match[2]]
+    if len(numbers) < len(names) or sorted(set(numbers)) != numbers:
+        numbers = list(range(len(names)))
+    place = dict(zip(names, numbers, strict=True))
+    points = [
+        [(place[step.layer], step.feature, step.activation, step.position) for step in track.steps]
+        for track in tracks.of_text(text)
+    ]
+    return points, numbers
 
 
 def plot_tracks(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_gradtools.ghosttrack.choices import FEATURES, SCOPES
+from hf_gradtools.ghosttrack.classifiers.recipes import CLASSIFIERS
 from hf_gradtools.ghosttrack.tracking.tracking import TrackingConfig
 
 
@@ -47,9 +49,9 @@ CHOICES = {
     "sae.sparsity_penalty": (None, "l1", MEAN_L1, "l0", "none"),
     "sae_training.lr_scheduler_type": ("linear", "constant"),
     "extraction.dtype": ("bfloat16", "float16", "float32"),
-    "detection.features": ("latents", "tracks_seed", "tracks_enlarged", "latents+tracks"),
-    "detection.scope": ("answer", "text"),
-    "detection.classifier": (None, "logistic_regression", "random_forest", "gradient_boosting", "ensemble"),
+    "detection.features": FEATURES,
+    "detection.scope": SCOPES,
+    "detection.classifier": (None, *CLASSIFIERS),
 }
 NON_NEGATIVE = {
     "sae.threshold_init",

@@ -6,14 +6,10 @@ Shape letters: N tokens, F and F' features of the left and the right layer, M ac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from hf_gradtools.core.atomic import atomic_write
 from hf_gradtools.ghosttrack.tracking.similarity import Lookup, from_table, worth_a_table
 
 
@@ -21,9 +17,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
-__all__ = ["STATISTICS", "CoactivationCounts", "CoactivationSimilarity", "load_statistics", "save_statistics"]
-
-PARTS = ("data", "indices", "indptr", "shape")
+__all__ = ["STATISTICS", "CoactivationCounts", "CoactivationSimilarity"]
 
 
 class CoactivationCounts:
@@ -147,36 +141,6 @@ def _from_keys(keys: np.ndarray, values: np.ndarray, width: int) -> Lookup:
         return np.where(keys[found] == wanted, values[found], np.float32(0))
 
     return look_up
-
-
-def save_statistics(path: str | Path, statistics: Sequence[csr_matrix]) -> None:
-    """Writes the statistics of all pairs of layers to one safetensors file, whole or not at all."""
-    arrays = {}
-    for i, statistic in enumerate(statistics):
-        parts = (statistic.data, statistic.indices, statistic.indptr, np.array(statistic.shape, np.int64))
-        arrays.update({f"{i:04d}.{name}": np.ascontiguousarray(x) for name, x in zip(PARTS, parts, strict=True)})
-    with atomic_write(Path(path)) as file:
-        file.write(save(arrays))
-
-
-def load_statistics(path: str | Path) -> list[csr_matrix]:
-    """Reads what [`save_statistics`] wrote.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist. Pass the path that save_statistics wrote.")
-    sparse, statistics = _sparse(), []
-    try:
-        arrays = load_file(path)
-        for pair in sorted({name.split(".")[0] for name in arrays}):
-            *parts, shape = (arrays[f"{pair}.{part}"] for part in PARTS)
-            statistics.append(sparse.csr_matrix(tuple(parts), shape=tuple(shape)))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or holds no statistics ({error}). Make it again.") from error
-    return statistics
 
 
 def _firing(name: str, indices: np.ndarray, offsets: np.ndarray, width: int) -> csr_matrix:

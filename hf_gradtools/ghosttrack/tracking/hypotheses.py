@@ -5,24 +5,21 @@ Shape letters: T texts, L layers, K hypotheses per layer, N tokens of all texts,
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from hf_gradtools.core.atomic import atomic_write
+from hf_gradtools.ghosttrack.array_files import read_arrays, write_arrays
 
 
 __all__ = ["Hypotheses", "LayerHypotheses", "top_hypotheses", "top_hypotheses_dense"]
 
 NONE = -1  # the feature of a slot that no hypothesis fills
 ARRAYS = {"features": np.int64, "activations": np.float32, "positions": np.int64, "lengths": np.int64}
+KIND = "hypotheses"
 
 
 class LayerHypotheses(NamedTuple):
@@ -114,11 +111,8 @@ class Hypotheses:
         return cls(**arrays, layers=parts[0].layers)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all; the header holds the layers as JSON and a digest of all."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
-        layers = json.dumps(self.layers)
-        with atomic_write(Path(path)) as file:
-            file.write(save(arrays, {"layers": layers, "sha256": _digest(layers, arrays)}))
+        """Writes a safetensors file with a checksum, whole or not at all."""
+        write_arrays(Path(path), KIND, {"layers": self.layers}, {name: getattr(self, name) for name in ARRAYS})
 
     @classmethod
     def load(cls, path: str | Path) -> Hypotheses:
@@ -131,15 +125,10 @@ class Hypotheses:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist. Pass the path that Hypotheses.save wrote.")
         try:
-            with safe_open(str(path), framework="np") as file:
-                metadata = file.metadata() or {}
-                layers, digest = metadata["layers"], metadata["sha256"]
-                arrays = {name: file.get_tensor(name) for name in ARRAYS}
-        except (SafetensorError, KeyError) as error:
+            header, arrays = read_arrays(Path(path), KIND)
+            return cls(**{name: arrays[name] for name in ARRAYS}, layers=header["layers"])
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged or holds no hypotheses ({error}). Make it again.") from error
-        if _digest(layers, arrays) != digest:
-            raise ValueError(f"{path} is damaged: its content differs from its SHA-256. Make it again.")
-        return cls(**arrays, layers=json.loads(layers))
 
 
 def top_hypotheses(
@@ -233,10 +222,3 @@ def _check_offsets(name: str, offsets: np.ndarray, total: int) -> None:
             f"{name}={np.array2string(offsets, threshold=6)} does not cut {total} entries into runs; need ascending "
             f"offsets from 0 to {total}. Pass {name}=np.concatenate([[0], np.cumsum(counts)])."
         )
-
-
-def _digest(layers: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(layers.encode())
-    for name in ARRAYS:
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()

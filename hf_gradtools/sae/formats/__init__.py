@@ -1,13 +1,13 @@
 """SAEs on disk: ours, which is SAELens' format with a block more, and what else is read.
 
-The conversions are pure functions of dicts; only [`read_folder`] and [`write_folder`] touch files.
+The conversions are pure functions of dicts; only [`read_folder`] touches files.
+[`~hf_gradtools.sae.pairs.write_pair`] writes them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,16 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_gradtools.core.atomic import atomic_write, write_json_atomically
 from hf_gradtools.sae.formats.saelens import from_saelens, to_saelens
 from hf_gradtools.sae.formats.sparsify import from_sparsify
 
 
-__all__ = ["from_saelens", "from_sparsify", "read_folder", "to_saelens", "write_folder"]
+__all__ = ["from_saelens", "from_sparsify", "read_folder", "to_saelens"]
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SPARSIFY_WEIGHTS_FILE = "sae.safetensors"
 SCALER_FILE = "activation_scaler.json"  # beside a checkpoint of SAELens' trainer
-
-
-def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes an SAE as `cfg.json` and `sae_weights.safetensors`, each whole or not at all; SAELens reads both.
-
-    Args:
-        folder (`str` or `PathLike`): made if missing.
-        config (`Mapping[str, Any]`): fields of an `SAEConfig`, fit for JSON.
-        state (`Mapping[str, Tensor]`): tensors of our SAE; see [`to_saelens`].
-    """
-    cfg, tensors = to_saelens(config, state)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / WEIGHTS_FILE) as file:
-        file.write(safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, {"format": "pt"}))
-    write_json_atomically(folder / CONFIG_FILE, cfg)
 
 
 def read_folder(

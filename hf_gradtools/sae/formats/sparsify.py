@@ -17,12 +17,17 @@ from torch import Tensor
 from hf_gradtools.sae.formats.tensors import check_tensors, common_dtype
 
 
-__all__ = ["from_sparsify"]
+__all__ = ["block_name", "from_sparsify"]
 
 _OUR_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 # What changes the result, and the only value with which ours is the same. `multi_topk` and `normalize_decoder` are
 # about training.
 _SAME_IF = {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}
+
+
+def block_name(folder: str) -> str:
+    """The hookpoint of a folder that sparsify named: `"h.5"`, a block of GPT-2, is `"layers.5"`."""
+    return re.sub(r"^h\.(\d+)$", r"layers.\1", folder)
 
 
 def from_sparsify(
@@ -66,7 +71,7 @@ def from_sparsify(
         "d_sae": d_sae,
         "activation": "topk",
         "k": k,
-        "hookpoint": re.sub(r"^h\.(\d+)$", r"layers.\1", hookpoint) if hookpoint else None,
+        "hookpoint": block_name(hookpoint) if hookpoint else None,
         "model_name": None,
     }
     return fields, {_OUR_NAMES[name]: tensor.contiguous() for name, tensor in tensors.items()}

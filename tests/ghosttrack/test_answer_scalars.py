@@ -1,15 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_gradtools.ghosttrack.probe_features import probe_features
 from hf_gradtools.ghosttrack.reading import answer_scalars as baselines
 from hf_gradtools.ghosttrack.reading.answer_scalars import (
-    SUSPICIOUS_WHEN,
-    add_baselines,
     answer_scalars,
     p_true,
     true_false_prompt,
@@ -162,30 +158,3 @@ def test_p_true_refuses_a_tokenizer_without_such_tokens():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="no single tokens in which ' True' and ' False' differ"):
         p_true(model(), PreTrainedTokenizerFast(tokenizer_object=words), ["a"])
-
-
-def test_columns_are_added_to_a_data_set():
-    rows = Dataset.from_dict({
-        "text": TEXTS, "answer_start": STARTS, "answer": ANSWERS, "question": ["a?", "", "", "b?", ""],
-        "answer_characters": [0] * 5,
-    })  # fmt: skip
-    added = add_baselines(model(), tokenizer(), rows)
-    assert set(added.column_names) - set(rows.column_names) <= set(SUSPICIOUS_WHEN)
-    assert list(added["answer_characters"]) == [len(answer.strip()) for answer in ANSWERS]
-    assert list(added["mean_logprob"]) == pytest.approx(
-        list(answer_scalars(model(), tokenizer(), TEXTS, STARTS)["mean_logprob"])
-    )
-    assert added["p_true"][1] == pytest.approx(p_true(model(), tokenizer(), [true_false_prompt("", ANSWERS[1])])[0])
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@torch.no_grad()
-def test_probe_features_are_last_and_mean_hidden_states(kind):
-    features = probe_features(model(kind), tokenizer(), TEXTS, STARTS, ["layers.0", "layers.1"], batch_size=2)
-    spans = encode_answers(tokenizer(), TEXTS, STARTS)
-    for row, span in enumerate(spans):
-        states = model(kind)(torch.tensor([span.input_ids]), output_hidden_states=True).hidden_states[1:3]
-        for layer, state in enumerate(states):
-            answer = state[0, span.begin : span.end]
-            np.testing.assert_allclose(features["last"][row, layer], answer[-1].numpy(), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(features["mean"][row, layer], answer.mean(0).numpy(), rtol=1e-5, atol=1e-6)
