@@ -18,6 +18,7 @@ from hf_gradtools.ghosttrack.answers.answering import (
     Shot,
     balance,
     generate_answers,
+    group_by_answer,
     prompts_of,
     sample_answers,
     without_shots,
@@ -282,3 +283,12 @@ def test_questions_from_a_file_and_from_bad_rows(tmp_path, datasets_cache):
         read_questions(Dataset.from_dict({"question": ["who?"], "answer": [[" "]]}))
     assert question_kind("Tell me a name") == "other"
     assert not {normalize_answer(shot.question) for shot in DEFAULT_SHOTS} & {"who"}
+
+
+def test_rows_of_one_answer_or_one_question_are_one_group():
+    rows = Dataset.from_dict(
+        {"group": [7, 7, 3, 4, 5, 6], "answer": ["Paris", "Rome", "the paris", "Oslo", "x", "rome!"]}
+    )
+    groups = group_by_answer(rows)["group"][:]
+    assert groups[0] == groups[1] == groups[2] == groups[5]
+    assert len({groups[0], groups[3], groups[4]}) == 3

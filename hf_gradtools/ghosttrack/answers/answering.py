@@ -27,7 +27,16 @@ from hf_gradtools.ghosttrack.answers.questions import Questions
 from hf_gradtools.ghosttrack.reading.batching import batches_by_length
 
 
-__all__ = ["DEFAULT_SHOTS", "TEMPLATE", "Shot", "balance", "generate_answers", "sample_answers", "without_shots"]
+__all__ = [
+    "DEFAULT_SHOTS",
+    "TEMPLATE",
+    "Shot",
+    "balance",
+    "generate_answers",
+    "group_by_answer",
+    "sample_answers",
+    "without_shots",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +179,27 @@ def balance(rows: Dataset, wrong_per_right: float = 2.0, seed: int = 0) -> Datas
     count = min(len(wrong), round(wrong_per_right * len(right)))
     kept = np.random.default_rng(seed).permutation(wrong)[:count]
     return rows.select(np.sort(np.concatenate([right, kept])))
+
+
+def group_by_answer(rows: Dataset) -> Dataset:
+    """The rows with groups joined that have an answer in common.
+
+    A small model gives the same few answers to hundreds of questions. Split by question alone, they would stand in
+    training and test folds both, where a detector need only remember which of them are wrong.
+    """
+    parent: dict[Any, Any] = {}
+
+    def root(key: Any) -> Any:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    keys = [("question", group) for group in rows["group"][:]]
+    for key, answer in zip(keys, rows["answer"][:], strict=True):
+        parent[root(("answer", normalize_answer(answer)))] = root(key)
+    numbers: dict[Any, int] = {}
+    joined = [numbers.setdefault(root(key), len(numbers)) for key in keys]
+    return rows.remove_columns("group").add_column("group", joined)
 
 
 def without_shots(rows: Dataset) -> Dataset:

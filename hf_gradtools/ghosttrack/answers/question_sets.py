@@ -45,8 +45,8 @@ class QuestionSet:
 
     Args:
         task (`str`): `"triviaqa"`, `"nq"`, or `"qa"` for other questions with answers: the model's own answers,
-            labelled by whether they match; `"arc"`, `"mmlu"`: a true and a false option of each question; `"claims"`:
-            claims with the labels they have.
+            labelled by whether they match, with those that are the same in one group; `"arc"`, `"mmlu"`: a true and a
+            false option of each question; `"claims"`: claims with the labels they have.
         dataset (`str`, *optional*): Hub id, file or folder; by default the task's.
         split (`str`, *optional*): of a Hub id; by default the task's.
         model (`str`, *optional*): Hub id or folder of the causal LM that answers.
@@ -111,7 +111,12 @@ class QuestionSet:
         return str(task.dataset), self.split or task.split
 
     def _answers(self, parts: Path) -> Dataset:
-        from hf_gradtools.ghosttrack.answers.answering import balance, generate_answers, sample_answers
+        from hf_gradtools.ghosttrack.answers.answering import (
+            balance,
+            generate_answers,
+            group_by_answer,
+            sample_answers,
+        )
         from hf_gradtools.ghosttrack.answers.questions import read_questions
         from hf_gradtools.ghosttrack.phases.common import open_model
 
@@ -130,7 +135,7 @@ class QuestionSet:
             size = max(1, self.batch_size // self.samples)
             more: dict[str, Any] = {"num_samples": self.samples, "batch_size": size, "seed": self.seed}
             rows = sample_answers(model, tokenizer, rows, parts / "samples", **more, **options)
-        return rows
+        return group_by_answer(rows)
 
     def _choices(self, parts: Path) -> Dataset:
         from hf_gradtools.ghosttrack.answers.claims import multiple_choice_claims
