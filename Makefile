@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart  find corrupted training samples of a small model; writes out/quickstart"
 	@echo "make test        all tests but the slow ones (make test PYTEST_ARGS=--run-slow for those too)"
 	@echo "make quality     ruff, import-linter, codespell, mypy"
-	@echo "make bench       cost of dot products, projections, GRIT's and nanoGPT's steps, against plain training"
+	@echo "make bench       cost of scoring, GRIT's, nanoGPT's and SAEs' steps, tracking, against named baselines"
 	@echo "make docs        the documentation, in site/"
 	@echo "make clean       remove the environment, builds and caches; out/ stays"
 
@@ -39,6 +39,8 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/grit_step.py
 	$(BIN)/python benchmarks/nanogpt_step.py
 	$(BIN)/python benchmarks/nanogpt_generate.py
+	$(BIN)/python benchmarks/sae_throughput.py --only speed --batches 4096
+	$(BIN)/python benchmarks/ghosttrack_tracking.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

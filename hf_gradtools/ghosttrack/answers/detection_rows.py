@@ -76,6 +76,24 @@ class DetectionRows:
         return list(self.rows["answer_start"])
 
     @property
+    def prompt_template(self) -> str | None:
+        """What every row's question and answer were put into, as `"Question: {question}\\nAnswer: {answer}"`.
+
+        `None` if rows differ in it, or do not have a `question`.
+        """
+        if "question" not in self.rows.column_names:
+            return None
+        templates = set()
+        for text, start, question in zip(self.texts, self.answer_starts, self.rows["question"], strict=True):
+            before, found, between = text[:start].rpartition(str(question).strip())
+            templates.add(f"{before}{{question}}{between}{{answer}}" if found else None)
+            if len(templates) > 1:
+                return None
+        template = templates.pop()
+        is_usable = template is not None and template.count("{question}") == template.count("{answer}") == 1
+        return template if is_usable else None
+
+    @property
     def labels(self) -> np.ndarray:
         """`[T]` int64: 1 = hallucinated."""
         return np.asarray(self.rows["label"][:], np.int64)

@@ -114,7 +114,9 @@ def _unfitted(
             )
         logger.warning("the detector explains its verdicts by tracks of similarity 'decoder', not 'coactivation'")
         tracking = dataclasses.replace(tracking, similarity="decoder")
+    template = data.rows.prompt_template  # so that questions asked later are put as those learnt from were
     detector_config = DetectorConfig(
+        **({} if template is None else {"prompt_template": template}),
         model_name=config.model.base_model,
         model_revision=config.model.revision,
         hookpoints=list(saes),
