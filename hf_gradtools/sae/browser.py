@@ -138,7 +138,8 @@ class _Tokens:
     """Token ids as text to look at."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer = tokenizer
+        self.known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str:
         if token not in self.known:

@@ -22,6 +22,7 @@ from hf_gradtools.sae.hookpoints import list_hookpoints
 from hf_gradtools.sae.metrics import SAEMetrics, evaluate
 from hf_gradtools.sae.modeling_sae import SAE
 from hf_gradtools.sae.options import (
+    ALL,
     BrowseOptions,
     CorpusOptions,
     EvalOptions,
@@ -144,7 +145,7 @@ def browse(options: BrowseOptions) -> None:
 
 def push(options: PushOptions) -> None:
     """Uploads autoencoders with their card."""
-    saes = load_many(options.saes, None if options.hookpoints == ["all"] else options.hookpoints)
+    saes = load_many(options.saes, None if options.hookpoints == [ALL] else options.hookpoints)
     typer.echo(push_many(saes, options.repo_id, private=options.private or None))
 
 

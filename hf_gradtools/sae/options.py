@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-__all__ = ["BrowseOptions", "CorpusOptions", "EvalOptions", "ExtractOptions", "PushOptions", "TrainOptions"]
+__all__ = ["ALL", "BrowseOptions", "CorpusOptions", "EvalOptions", "ExtractOptions", "PushOptions", "TrainOptions"]
 
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 ALL = "all"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,10 @@ class SAETrainer:
 
         saes = {name: learner.finished() for name, learner in learners.items()}
         for name, sae in saes.items():
-            tokens, radius = self.num_steps * self.args.batch_tokens, learners[name].radius
-            bounds = {} if self.args.outlier_ratio is None else {"outlier_radius": radius}
-            sae.config.metadata["training"] = {**self.args.identity(), "tokens": tokens, **bounds}
+            facts = {**self.args.identity(), "tokens": self.num_steps * self.args.batch_tokens}
+            if math.isfinite(learners[name].radius):  # JSON has no infinity
+                facts["outlier_radius"] = learners[name].radius
+            sae.config.metadata["training"] = facts
         if self.eval_source is not None and self._writes:
             bounds = {name: (learner.median, learner.radius) for name, learner in learners.items()}
             source = Inliers(self.eval_source, bounds)

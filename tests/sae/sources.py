@@ -37,4 +37,4 @@ def planted(num_tokens: int, d_in: int, num_features: int, active: int, seed: in
     directions = torch.nn.functional.normalize(torch.randn(num_features, d_in, generator=generator), dim=1)
     chosen = torch.rand(num_tokens, num_features, generator=generator).topk(active, dim=1).indices
     weights = 1 + torch.rand(num_tokens, active, generator=generator)
-    return torch.einsum("nk,nkd->nd", weights, directions[chosen]) + 3, directions
+    return torch.einsum("nk,nki->ni", weights, directions[chosen]) + 3, directions
