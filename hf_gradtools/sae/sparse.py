@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["SparseLatents", "SparsePattern", "decode", "linear_at"]
 
-# Above this share of active pairs the products are dense: gathering rows costs as much from 0.2 on in float32, 0.13 in
-# bfloat16 (D = 768, F = 4096, one CPU core), and holds M values where the dense form holds N·F.
+# Above this share of active pairs the products are dense: gathering rows costs as much from a share of 0.2 on in
+# float32, of 0.13 in bfloat16 (measured at D = 768, F = 4096 on a CPU core).
 DENSE_ABOVE = 0.1
 
 
