@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_gradtools.sae.selection import top_k
 from hf_gradtools.sae.sparse import SparseLatents, SparsePattern, decode, linear_at
@@ -24,8 +25,7 @@ __all__ = [
 
 def mean_squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     """Mean over all entries of (x̂ − x)², in float32 at least: half precision would round the loss itself."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.mse_loss(reconstruction.to(dtype), x.to(dtype))
+    return _MeanSquaredError.apply(reconstruction, x)
 
 
 @torch.no_grad()
@@ -103,3 +103,26 @@ def _largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return pre, torch.arange(k, device=pre.device).expand(pre.shape)
     values, indices = top_k(pre, k)
     return (values, indices) if bool((values > 0).all()) else tuple(pre.topk(k, sorted=False))
+
+
+class _MeanSquaredError(torch.autograd.Function):
+    """Keeps the error, so that the backward pass neither takes it again nor casts its inputs again."""
+
+    @staticmethod
+    def forward(ctx: Any, reconstruction: Tensor, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        error = torch.sub(reconstruction.to(dtype), x)
+        ctx.save_for_backward(error)
+        ctx.dtypes = reconstruction.dtype, x.dtype
+        return torch.linalg.vector_norm(error).square() / error.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (error,) = ctx.saved_tensors
+        gradient = error * (grad * 2 / error.numel())
+        needs_reconstruction, needs_x = ctx.needs_input_grad
+        return (
+            gradient.to(ctx.dtypes[0]) if needs_reconstruction else None,
+            gradient.neg().to(ctx.dtypes[1]) if needs_x else None,
+        )

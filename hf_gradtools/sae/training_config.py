@@ -22,7 +22,7 @@ class SAETrainingConfig:
         batch_tokens (`int`, defaults to 2048): tokens of an optimizer step, over all processes.
         epochs (`int`, defaults to 1): passes over the activations.
         max_steps (`int`, *optional*): steps at most.
-        learning_rate (`float`, defaults to 2e-3): of Adam, at its peak.
+        learning_rate (`float`, defaults to 4e-3): of Adam, at its peak; less for many more features.
         adam_beta1, adam_beta2 (`float`): of Adam's moments.
         lr_scheduler_type (`str`, defaults to `"linear"`): falls to zero from `decay_start` on, or is `"constant"`.
         warmup_fraction (`float`, defaults to 0.05): share of the steps in which the learning rate rises.
@@ -62,7 +62,7 @@ class SAETrainingConfig:
     batch_tokens: int = 2048
     epochs: int = 1
     max_steps: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     lr_scheduler_type: str = "linear"

@@ -289,7 +289,7 @@ def test_the_run_is_kept_with_the_autoencoder(tmp_path):
     sae = SAE.from_pretrained(tmp_path, "layers.0")
     metadata = sae.config.metadata
     assert metadata["training"]["tokens"] == 640
-    assert metadata["training"]["learning_rate"] == 2e-3
+    assert metadata["training"]["learning_rate"] == 4e-3
     rows = held_out.activations["layers.0"]
     with torch.no_grad():
         error = (rows - sae(rows).reconstruction).square().sum() / (rows - rows.mean(0)).square().sum()
