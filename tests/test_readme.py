@@ -78,6 +78,18 @@ def folders(tmp_path_factory):
     return cache(lambda path: tmp_path_factory.mktemp(path.stem))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def variants():
+    """Takes back what pages register: tests of the same process count the variants that there are."""
+    from hf_gradtools.nanogpt.registry import VARIANTS
+
+    before = {kind: dict(names) for kind, names in VARIANTS.items()}
+    yield
+    for kind, names in VARIANTS.items():
+        names.clear()
+        names.update(before.get(kind, {}))
+
+
 @pytest.mark.parametrize(("page", "block"), parameters())
 def test_snippet_runs(page, block, monkeypatch, folders):
     if block.skip_reason:

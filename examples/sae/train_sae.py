@@ -7,12 +7,8 @@ from argparse import ArgumentParser
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_gradtools.sae.configuration_sae import SAEConfig
-from hf_gradtools.sae.held_out import hold_out_tokens
-from hf_gradtools.sae.packing import token_blocks
-from hf_gradtools.sae.streaming import ModelActivations
-from hf_gradtools.sae.trainer import SAETrainer
-from hf_gradtools.sae.training_config import SAETrainingConfig
+from hf_gradtools import ModelActivations, SAEConfig, SAETrainer, SAETrainingConfig, token_blocks
+from hf_gradtools.sae import hold_out_tokens
 
 
 parser = ArgumentParser(description="Train sparse autoencoders of a causal LM's hidden states.")

@@ -17,7 +17,9 @@ _LAZY = {
     "SAETrainer": "trainer",
     "SAETrainingConfig": "training_config",
     "TensorActivations": "in_memory",
+    "evaluate": "metrics",
     "extract": "extraction",
+    "hold_out_tokens": "held_out",
     "load_many": "saving",
     "save_many": "saving",
     "steer": "interventions",
@@ -33,7 +35,9 @@ __all__ = [
     "SAETrainer",
     "SAETrainingConfig",
     "TensorActivations",
+    "evaluate",
     "extract",
+    "hold_out_tokens",
     "load_many",
     "save_many",
     "steer",
@@ -43,8 +47,10 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_gradtools.sae.configuration_sae import SAEConfig
     from hf_gradtools.sae.extraction import extract
+    from hf_gradtools.sae.held_out import hold_out_tokens
     from hf_gradtools.sae.in_memory import TensorActivations
     from hf_gradtools.sae.interventions import steer
+    from hf_gradtools.sae.metrics import evaluate
     from hf_gradtools.sae.modeling_sae import SAE, SAEOutput
     from hf_gradtools.sae.packing import token_blocks
     from hf_gradtools.sae.saving import load_many, save_many

@@ -207,7 +207,7 @@ def test_finished_hookpoints_are_not_trained_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"learning_rate": 1e-3, "seed": 4}, "training.learning_rate=0.002, not 0.001; training.seed=0, not 4"),
+    [({"learning_rate": 1e-3, "seed": 4}, "training.learning_rate=0.004, not 0.001; training.seed=0, not 4"),
      ({"batch_tokens": 32}, "training.batch_tokens=64, not 32")],
 )  # fmt: skip
 @pytest.mark.parametrize("finished", [False, True])

@@ -104,10 +104,9 @@ class LogisticRegression(Classifier):
     Args:
         C (`float` or tuple of them, defaults to `(0.001, 0.01, 0.1, 1.0)`): inverse penalty. Of several, an inner
             grouped cross-validation chooses (see [`fit_method`]); `fit` alone takes the middle one.
-        scaling (`str`, defaults to `"auto"`): divide columns by their standard deviation (`"std"`; dense ones by
-            default), by their largest magnitude (`"max"`; sparse ones by default, of which rare latents would be blown
-            up by the other), or by nothing (`"none"`). Dense columns are centred as well, sparse ones are not, which
-            the free intercept makes up for.
+        scaling (`str`, defaults to `"auto"`): divide columns by their standard deviation (`"std"`: dense ones), by
+            their largest magnitude (`"max"`: sparse ones, whose rare latents the other would blow up), or by nothing
+            (`"none"`). Dense columns are also centred; for sparse ones the free intercept makes up for that.
         pca (`int`, *optional*): regress on the so many principal components of the scaled columns (dense only).
         max_iter (`int`, defaults to 2000): of L-BFGS.
     """
@@ -157,7 +156,8 @@ class LogisticRegression(Classifier):
 
     def _scaler(self, chosen: Features) -> tuple[np.ndarray, np.ndarray]:
         mean, variance = _moments(chosen)
-        scaling = self.scaling if self.scaling != "auto" else "max" if is_sparse(chosen) else "std"
+        by_default = "max" if is_sparse(chosen) else "std"
+        scaling = by_default if self.scaling == "auto" else self.scaling
         if scaling == "none":
             scale = np.ones_like(mean)
         elif scaling == "std":
