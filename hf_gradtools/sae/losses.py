@@ -24,7 +24,7 @@ __all__ = [
 
 
 def mean_squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
-    """Mean over all entries of (x̂ − x)², in float32 at least: half precision would round the loss itself."""
+    """Mean over all entries of (x̂ − x)², summed up in float32 at least: half precision would round the loss itself."""
     return _MeanSquaredError.apply(reconstruction, x)
 
 
@@ -110,17 +110,17 @@ class _MeanSquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reconstruction: Tensor, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        error = torch.sub(reconstruction.to(dtype), x)
+        error = reconstruction - x
         ctx.save_for_backward(error)
         ctx.dtypes = reconstruction.dtype, x.dtype
-        return torch.linalg.vector_norm(error).square() / error.numel()
+        dtype = torch.promote_types(error.dtype, torch.float32)
+        return torch.linalg.vector_norm(error, dtype=dtype).square() / error.numel()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (error,) = ctx.saved_tensors
-        gradient = error * (grad * 2 / error.numel())
+        gradient = error * (grad * (2 / error.numel())).to(error.dtype)
         needs_reconstruction, needs_x = ctx.needs_input_grad
         return (
             gradient.to(ctx.dtypes[0]) if needs_reconstruction else None,

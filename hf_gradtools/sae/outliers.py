@@ -23,7 +23,8 @@ __all__ = ["Inliers", "within"]
 
 def within(x: Tensor, center: Tensor, radius: float) -> Tensor:
     """`x` `[N, D]`, with `center` in the place of tokens farther from it than `radius`."""
-    return torch.where(_far(x, center, radius)[:, None], center, x)
+    far = _far(x, center, radius)
+    return torch.where(far[:, None], center, x) if bool(far.any()) else x  # most batches have none
 
 
 class Inliers:

@@ -22,7 +22,8 @@ class SAETrainingConfig:
         batch_tokens (`int`, defaults to 2048): tokens of an optimizer step, over all processes.
         epochs (`int`, defaults to 1): passes over the activations.
         max_steps (`int`, *optional*): steps at most.
-        learning_rate (`float`, defaults to 4e-3): of Adam, at its peak; less for many more features.
+        learning_rate (`float`, *optional*): of Adam, at its peak; less for many more features or a long training. By
+            default 4e-3 at 2048 tokens a step, and for others in proportion to the root of `batch_tokens`.
         adam_beta1, adam_beta2 (`float`): of Adam's moments.
         lr_scheduler_type (`str`, defaults to `"linear"`): falls to zero from `decay_start` on, or is `"constant"`.
         warmup_fraction (`float`, defaults to 0.05): share of the steps in which the learning rate rises.
@@ -62,7 +63,7 @@ class SAETrainingConfig:
     batch_tokens: int = 2048
     epochs: int = 1
     max_steps: int | None = None
-    learning_rate: float = 4e-3
+    learning_rate: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     lr_scheduler_type: str = "linear"
@@ -87,6 +88,8 @@ class SAETrainingConfig:
     use_cpu: bool = False
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None and self.batch_tokens > 0:
+            self.learning_rate = round(4e-3 * (self.batch_tokens / 2048) ** 0.5, 6)
         least = {
             **dict.fromkeys(("batch_tokens", "epochs", "dead_after_tokens", "calibration_tokens", "buffer_tokens"), 1),
             **dict.fromkeys(("logging_steps", "save_steps", "max_steps", "k_start"), 1),

@@ -282,3 +282,8 @@ def test_a_loss_that_is_not_finite_names_the_remedy():
 def test_constant_hidden_states_are_named():
     with pytest.raises(ValueError, match="constant, or not finite"):
         learner_of(CONFIGS["topk"], x=torch.ones(50, D_IN))
+
+
+@pytest.mark.parametrize(("batch_tokens", "rate"), [(2048, 4e-3), (8192, 8e-3), (512, 2e-3)])
+def test_the_default_learning_rate_goes_with_the_root_of_the_batch(batch_tokens, rate):
+    assert SAETrainingConfig("unused", batch_tokens=batch_tokens).learning_rate == rate

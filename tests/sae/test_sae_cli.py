@@ -80,7 +80,7 @@ def test_a_second_run_resumes(corpus, tmp_path, monkeypatch):
     assert "with --resume continues it" in run(*words, code=130)
     assert "earlier training of layers.0. Pass --resume" in run(*words, code=1)
     message = run(*words, "--resume", "--learning_rate", 0.1, code=1)
-    assert "--learning-rate 0.004, not 0.1" in message
+    assert "--learning-rate 0.000707, not 0.1" in message
     del steps[:]
     stop_at[0] = 1000
     run(*words, "--resume")

@@ -207,7 +207,7 @@ def test_finished_hookpoints_are_not_trained_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"learning_rate": 1e-3, "seed": 4}, "training.learning_rate=0.004, not 0.001; training.seed=0, not 4"),
+    [({"learning_rate": 1e-3, "seed": 4}, "training.learning_rate=0.000707, not 0.001; training.seed=0, not 4"),
      ({"batch_tokens": 32}, "training.batch_tokens=64, not 32")],
 )  # fmt: skip
 @pytest.mark.parametrize("finished", [False, True])
@@ -289,7 +289,7 @@ def test_the_run_is_kept_with_the_autoencoder(tmp_path):
     sae = SAE.from_pretrained(tmp_path, "layers.0")
     metadata = sae.config.metadata
     assert metadata["training"]["tokens"] == 640
-    assert metadata["training"]["learning_rate"] == 4e-3
+    assert metadata["training"]["learning_rate"] == 0.000707  # 4e-3 times the root of 64 / 2048
     rows = held_out.activations["layers.0"]
     with torch.no_grad():
         error = (rows - sae(rows).reconstruction).square().sum() / (rows - rows.mean(0)).square().sum()
