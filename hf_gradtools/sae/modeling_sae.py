@@ -111,7 +111,7 @@ class SAE(nn.Module):
                 f"x has shape {list(x.shape)}, no tokens, so that there is no mean loss. Use sae.encode(x)."
             )
         rows, weights = self._rows(x), self._weights(x.device)
-        centred = rows - weights["b_dec"] if self.config.apply_b_dec_to_input else rows
+        centred = self._centred(rows, weights)
         encoded = ENCODERS[self.config.activation](centred, weights, self._config_now(), self.training)
         reconstructions = list(self._reconstructions(encoded.latents, weights))
         errors = [mean_squared_error(reconstruction, rows) for reconstruction in reconstructions]
@@ -140,7 +140,7 @@ class SAE(nn.Module):
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """The latents of hidden states `[..., D]`, token by token; those of value zero may be among them."""
         rows, weights = self._rows(x), self._weights(x.device)
-        centred = rows - weights["b_dec"] if self.config.apply_b_dec_to_input else rows
+        centred = self._centred(rows, weights)
         return ENCODERS[self.config.activation](centred, weights, self._config_now(), self.training).latents
 
     def encode(self, x: Tensor) -> Tensor:
@@ -241,6 +241,16 @@ class SAE(nn.Module):
                 + (f" of {self.config.model_name}." if self.config.model_name else ".")
             )
         return x.reshape(-1, self.config.d_in).to(self._dtype(x.device))
+
+    def _centred(self, rows: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Tokens less `b_dec`, whose gradient goes through `b_enc` where it can: `[F]` numbers instead of `[N, D]`."""
+        if not self.config.apply_b_dec_to_input:
+            return rows
+        b_dec = weights["b_dec"]
+        if self.config.activation == "gated" or not torch.is_grad_enabled():  # gated adds biases of its own
+            return rows - b_dec
+        weights["b_enc"] = weights["b_enc"] - weights["W_enc"].detach() @ (b_dec - b_dec.detach())  # minus zero
+        return rows - b_dec.detach()
 
     def _config_now(self) -> SAEConfig:
         return self.config if self.annealed_k is None else replace(self.config, k=self.annealed_k)
